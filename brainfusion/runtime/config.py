@@ -1,0 +1,120 @@
+"""Configs are frozen dataclasses; in YAML they are strict: an unknown key is an error."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from brainfusion.runtime.errors import UserError, nearest
+from brainfusion.runtime.files import write_text
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> Any:
+    """A config as plain dicts, lists and scalars, complete with its defaults."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    if isinstance(config, Path):
+        return str(config)
+    return config
+
+
+def from_dict(cls: type[T], values: Any, *, where: str = "config") -> T:
+    """Build the dataclass `cls` from plain values.
+
+    Raises:
+        UserError: An unknown key (the nearest known one is named), a missing one, or a value of
+            the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{where}: expected a mapping for {cls.__name__}, got {type(values).__name__}."
+        )
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(
+                f"{where}: unknown key '{key}' for {cls.__name__}. {nearest(str(key), fields)}"
+            )
+    hints = typing.get_type_hints(cls)
+    given = {
+        key: _convert(hints[key], value, where=f"{where}.{key}") for key, value in values.items()
+    }
+    try:
+        return cls(**given)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}.") from error
+
+
+def save(path: Path, config: Any) -> None:
+    """Write a config as YAML, complete with its defaults."""
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def load(path: Path, cls: type[T], *, defaults: dict[str, Any] | None = None) -> T:
+    """Read a config from YAML; `defaults` fill the keys that the file leaves out."""
+    return from_dict(cls, {**(defaults or {}), **read_yaml(path)}, where=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: --config expects a YAML file, for example the config.yaml "
+            "of an earlier run."
+        ) from None
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {text}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values.")
+    return values
+
+
+def _convert(hint: Any, value: Any, *, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        rest = [option for option in options if option is not type(None)]
+        if len(rest) == 1:
+            return _convert(rest[0], value, where=where)
+        return value
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where=where)
+    if origin is typing.Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise UserError(f"{where}={value!r}: {nearest(str(value), map(str, options))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}={value!r}: expected a list.")
+        inner = typing.get_args(hint)
+        if len(inner) == 2 and inner[1] is ...:
+            return tuple(_convert(inner[0], item, where=where) for item in value)
+        return tuple(value)
+    if hint is Path:
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3, without a dot, as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint in (int, float, str, bool) and type(value) is not hint:
+        raise UserError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}.")
+    return value

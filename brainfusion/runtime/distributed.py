@@ -1,0 +1,83 @@
+"""torch.distributed under torchrun, and the same code without it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """Where this process stands among those that torchrun started."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+
+@contextmanager
+def session(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes, if any, and leave it at the end.
+
+    Gloo on CPU, NCCL on CUDA devices. Without torchrun this is one process and nothing is started.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _device(device, local_rank)
+    ranks = Ranks(rank=rank, local_rank=local_rank, world_size=world_size, device=chosen)
+    if world_size == 1 or dist.is_initialized():
+        yield ranks
+        return
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def main_first(ranks: Ranks) -> Iterator[None]:
+    """Rank 0 runs the block first (it makes what is missing), then the others find it made."""
+    if not ranks.is_main:
+        barrier()
+    yield
+    if ranks.is_main:
+        barrier()
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean over ranks of a detached tensor, for logs."""
+    value = value.detach().clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
