@@ -54,14 +54,30 @@ def from_dict(cls: type[T], values: Any, *, where: str = "config") -> T:
         raise UserError(f"{where}: {error}.") from error
 
 
+def updated(config: T, values: Any, *, where: str = "config") -> T:
+    """The same config with some values replaced, as strict as `from_dict`.
+
+    Nested configs keep the classes that they have, where a field admits several.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a mapping, got {type(values).__name__}.")
+    hints = typing.get_type_hints(type(config))
+    given = {}
+    for key, value in values.items():
+        if key not in hints:
+            cls = type(config).__name__
+            raise UserError(f"{where}: unknown key '{key}' for {cls}. {nearest(str(key), hints)}")
+        now, path = getattr(config, key), f"{where}.{key}"
+        nested = dataclasses.is_dataclass(now) and isinstance(value, dict)
+        given[key] = (
+            updated(now, value, where=path) if nested else _convert(hints[key], value, where=path)
+        )
+    return dataclasses.replace(config, **given)  # type: ignore[type-var]
+
+
 def save(path: Path, config: Any) -> None:
     """Write a config as YAML, complete with its defaults."""
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def load(path: Path, cls: type[T], *, defaults: dict[str, Any] | None = None) -> T:
-    """Read a config from YAML; `defaults` fill the keys that the file leaves out."""
-    return from_dict(cls, {**(defaults or {}), **read_yaml(path)}, where=str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

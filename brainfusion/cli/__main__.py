@@ -1,0 +1,7 @@
+"""`python -m brainfusion.cli`."""
+
+import sys
+
+from brainfusion.cli import main
+
+sys.exit(main())

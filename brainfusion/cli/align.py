@@ -1,0 +1,112 @@
+"""`brainfusion align`: train the shared space of brain features and DNA embeddings."""
+
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from brainfusion.alignment.model import load
+from brainfusion.alignment.train import AlignConfig, train
+from brainfusion.cli.options import parse
+from brainfusion.cli.pairs import Pairs, load_pairs
+from brainfusion.cli.workspace import Place, Workspace, hash_ids, open_cohort
+from brainfusion.data.features import write_features
+from brainfusion.runtime import distributed, threads
+from brainfusion.runtime.distributed import Ranks
+from brainfusion.runtime.files import check_writable, read_json, write_json
+from brainfusion.runtime.logs import say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignOptions:
+    """Options of `brainfusion align`."""
+
+    brain: str = "brainjepa"
+    """Brain features: an encoder's name, or any feature file in <workspace>/features."""
+    dna: str = "evo2"
+    """DNA embeddings: evo2, generator or caduceus."""
+    place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
+    train: tyro.conf.OmitArgPrefixes[AlignConfig] = field(default_factory=AlignConfig)
+    control: bool = True
+    """Train a second time on shuffled pairs: it must come out at chance."""
+    out: Path | None = None
+    """Run folder; <workspace>/align/<brain>-<dna> by default."""
+    threads: int = 0
+    """Threads a process; 0 shares the cores among the ranks."""
+
+
+def main(argv: list[str]) -> int:
+    """Join the two tables, train the projectors, write the embeddings; then the control."""
+    options = parse(
+        AlignOptions,
+        argv,
+        prog="brainfusion align",
+        description=__doc__ or "",
+        config_field="train",
+    )
+    workspace = Workspace.of(options.place)
+    with distributed.session() as ranks:
+        threads.use_threads(options.threads, n_processes=ranks.world_size)
+        cohort = open_cohort(workspace, ranks)
+        with distributed.main_first(ranks):
+            pairs = load_pairs(workspace, cohort, brain=options.brain, dna=options.dna)
+        run_dir = options.out or workspace.align_dir(options.brain, options.dna)
+        if ranks.is_main:
+            check_writable(run_dir.parent)
+            shutil.rmtree(run_dir, ignore_errors=True)
+        distributed.barrier()
+        _run(options, pairs, run_dir, ranks)
+        if options.control:
+            if ranks.is_main:
+                say("control: the same with shuffled pairs")
+            _run(options, shuffled(pairs, options.train.seed), run_dir / "control", ranks)
+    if ranks.is_main:
+        flags = " ".join(workspace.options())
+        say(
+            f"next: brainfusion retrieve --brain {options.brain} "
+            f"--dna {options.dna} {flags}".rstrip()
+        )
+    return 0
+
+
+def shuffled(pairs: Pairs, seed: int) -> Pairs:
+    """The same people with one another's DNA, within train, validation and test."""
+    rng = np.random.default_rng([seed, 1])
+    labels, order = np.array(pairs.labels), np.arange(len(pairs.labels))
+    for side in np.unique(labels):
+        rows = np.flatnonzero(labels == side)
+        order[rows] = rng.permutation(rows)
+    return replace(pairs, dna=pairs.dna[order])
+
+
+def _run(options: AlignOptions, pairs: Pairs, run_dir: Path, ranks: Ranks) -> None:
+    """Train one alignment and write the embeddings of all pairs."""
+    train(
+        {"brain": pairs.brain, "dna": pairs.dna},
+        pairs.labels,
+        config=options.train,
+        run_dir=run_dir,
+        people=pairs.people,
+        meta={
+            "brain": options.brain,
+            "dna": options.dna,
+            "subjects_hash": hash_ids(pairs.subjects),
+            "provenance": pairs.provenance,
+        },
+        ranks=ranks,
+    )
+    if not ranks.is_main:
+        return
+    model = load(run_dir)
+    for name, vectors in (("brain", pairs.brain), ("dna", pairs.dna)):
+        write_features(
+            run_dir / "embeddings" / f"{name}.parquet",
+            pairs.subjects,
+            model.embed(name, vectors, people=pairs.people),
+            provenance={"kind": "embeddings", "tower": name, **pairs.provenance},
+            extra={"split": pairs.labels},
+        )
+    summary = read_json(run_dir / "summary.json")
+    write_json(run_dir / "summary.json", {**summary, "flow": pairs.flow})

@@ -1,0 +1,53 @@
+"""`brainfusion embed`: turn recordings into features with a trained encoder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from brainfusion.cli.options import parse
+from brainfusion.cli.workspace import Place, Workspace, ensure_pretrained
+from brainfusion.data.features import write_features
+from brainfusion.encoders.checkpoints import known_model, load_pretrained
+from brainfusion.encoders.embed import embed
+from brainfusion.runtime import threads
+from brainfusion.runtime.files import check_writable
+from brainfusion.runtime.logs import say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedOptions:
+    """Options of `brainfusion embed`."""
+
+    model: str = "brainjepa"
+    """The encoder: brainjepa or brainlm."""
+    checkpoint: Path | None = None
+    """A pretraining run or one of its checkpoints; <workspace>/pretrain/<model> by default."""
+    place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
+    pooling: str = "parcels"
+    """mean: over all tokens; parcels: over time, a vector a parcel, concatenated; cls: BrainLM's."""
+    out: Path | None = None
+    """The feature file; <workspace>/features/<model>.parquet by default."""
+    batch_size: int = 16
+    """Recordings at a time; features do not depend on it."""
+    threads: int = 0
+    """Threads; 0 uses the cores there are."""
+
+
+def main(argv: list[str]) -> int:
+    """Load the checkpoint, encode every recording, write one vector a person."""
+    options = parse(EmbedOptions, argv, prog="brainfusion embed", description=__doc__ or "")
+    model = known_model(options.model)
+    workspace = Workspace.of(options.place)
+    out = options.out or workspace.features_path(model)
+    cohort = workspace.open_cohort()
+    path = options.checkpoint or ensure_pretrained(workspace, model)
+    pretrained = load_pretrained(path, model)
+    check_writable(out.parent)
+    threads.use_threads(options.threads)
+    subjects, vectors, provenance = embed(
+        pretrained, cohort, pooling=options.pooling, batch_size=options.batch_size
+    )
+    write_features(out, subjects, vectors, provenance=provenance)
+    say(f"{out}: {len(subjects)} people x {vectors.shape[1]} features ({options.pooling} pooling)")
+    return 0

@@ -1,0 +1,94 @@
+"""`brainfusion report`: gather a workspace's numbers and draw them as one HTML page."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from brainfusion import __version__
+from brainfusion.cli.options import parse
+from brainfusion.cli.workspace import Place, Workspace
+from brainfusion.runtime import config
+from brainfusion.runtime.errors import UserError
+from brainfusion.runtime.files import read_json, write_json
+from brainfusion.runtime.logs import say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportOptions:
+    """Options of `brainfusion report`."""
+
+    brain: str = "brainjepa"
+    """Brain features of the alignment to report."""
+    dna: str = "evo2"
+    """DNA embeddings of the alignment to report."""
+    place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
+
+
+def main(argv: list[str]) -> int:
+    """Write results.json and report.html, and print the verdict."""
+    from brainfusion.eval.report import write_report
+    from brainfusion.eval.verdict import verdict
+
+    options = parse(ReportOptions, argv, prog="brainfusion report", description=__doc__ or "")
+    workspace = Workspace.of(options.place)
+    results = gather(workspace, options.brain, options.dna)
+    write_json(workspace.root / "results.json", results)
+    page = write_report(workspace.root)
+    print("\n".join(verdict(results)))
+    say(f"written: {workspace.root / 'results.json'}, {page}")
+    return 0
+
+
+def gather(workspace: Workspace, brain: str, dna: str) -> dict[str, Any]:
+    """All numbers of a workspace, as docs/formats.md lays them out.
+
+    Raises:
+        UserError: There is no alignment to report.
+    """
+    run_dir = workspace.align_dir(brain, dna)
+    if not (run_dir / "retrieval.json").exists():
+        raise UserError(
+            f"{run_dir / 'retrieval.json'} does not exist: run 'brainfusion retrieve --brain "
+            f"{brain} --dna {dna} {' '.join(workspace.options())}'".rstrip()
+            + " first."
+        )
+    cohort = workspace.open_cohort()
+    splits, summary = cohort.splits(), read_json(run_dir / "summary.json")
+    facts = cohort.describe() | {
+        "splits": {side: len(getattr(splits, side)) for side in ("train", "validation", "test")}
+        | {"hash": splits.hash},
+        "flow": summary.pop("flow", []),
+    }
+    probes, stages = workspace.root / "probes.json", workspace.root / "stages.json"
+    truth = cohort.truth()
+    return {
+        "format": 1,
+        "package_version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cohort": facts,
+        "truth": truth,
+        "config": {"align": config.read_yaml(run_dir / "config.yaml")}
+        | {
+            path.parent.name: config.read_yaml(path)
+            for path in _pretraining(workspace, "config.yaml")
+        },
+        "pretraining": {
+            path.parent.name: read_json(path)
+            | {"metrics": str((path.parent / "metrics.jsonl").relative_to(workspace.root))}
+            for path in _pretraining(workspace, "summary.json")
+        },
+        "alignment": {"brain": brain, "dna": dna}
+        | summary
+        | {"metrics": str((run_dir / "metrics.jsonl").relative_to(workspace.root))},
+        "retrieval": read_json(run_dir / "retrieval.json"),
+        "probes": read_json(probes) if probes.exists() else [],
+        "stages": read_json(stages)["stages"] if stages.exists() else [],
+        "figures": {"similarity": str((run_dir / "similarity.npz").relative_to(workspace.root))},
+    }
+
+
+def _pretraining(workspace: Workspace, name: str) -> list[Path]:
+    return sorted((workspace.root / "pretrain").glob(f"*/{name}"))

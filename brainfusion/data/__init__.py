@@ -1,0 +1,1 @@
+"""Cohorts on disk: recordings, atlases, splits, standardisation, importers, simulation."""

@@ -1,0 +1,143 @@
+"""What an import is told, and what it says it did."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from brainfusion.runtime.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportConfig:
+    """Where recordings come from and how to read them."""
+
+    source: Path
+    """A folder of recordings (.npy, tables or .mat, one a file), or one .npy array of all."""
+    out: Path
+    """The cohort folder to make."""
+    tr_s: float | None = None
+    """Time between frames in seconds (HCP 0.72, UK Biobank 0.735). Required."""
+    kind: Literal["auto", "npy", "tables", "mat", "array"] = "auto"
+    """npy: a folder of .npy; tables: TSV, CSV or whitespace text; mat: MATLAB; array: one .npy
+    [recording, parcel, TR] or [recording, TR, parcel]. auto decides by the file names."""
+    orientation: Literal["auto", "parcels-first", "trs-first"] = "auto"
+    """Which axis comes first. auto decides by the number of parcels of the atlas or the names."""
+    atlas: Path | None = None
+    """An atlas.json (docs/formats.md). Without it the atlas is the names in the files."""
+    parcels: Path | None = None
+    """A text file with the parcel names of unnamed recordings, one a line, in their order."""
+    subjects: Path | None = None
+    """A table of people (Parquet, CSV or TSV): ids, and site, age, sex, family, phenotypes."""
+    subject_column: str | None = None
+    """The column of ids. Default: subject, participant_id, subject_id, eid or id."""
+    ids: Path | None = None
+    """For kind array: a table with `subject` (`session`, `recording`), or a text file with one
+    subject a line, in the array's order."""
+    pattern: str | None = None
+    """A regular expression with a group (?P<subject>...), and (?P<session>...) if you like, that is
+    searched in the path below SOURCE. Default: the file name up to its first underscore, and the
+    session of BIDS (ses-)."""
+    glob: str = "*"
+    """Which files to take, for example '*_run-1_*.tsv'; folders are searched all the way down."""
+    variable: str | None = None
+    """For kind mat: the variable's name. Default: the only two-dimensional numeric one."""
+    drop_columns: tuple[str, ...] = ()
+    """For kind tables: columns that are no parcels (an index, a global signal), by name or by
+    position from 0."""
+    constant_as_missing: bool = True
+    """Count a parcel that never changes as missing: it carries no signal."""
+    min_coverage: float = 0.8
+    """The least share of atlas parcels with data."""
+    low_coverage: Literal["refuse", "skip"] = "refuse"
+    """What to do with a recording below it: stop, or leave it out and count it."""
+    missing_subjects: Literal["refuse", "drop"] = "refuse"
+    """What to do with recordings of people who are not in the table: stop, or leave them out."""
+    name: str | None = None
+    """The cohort's name. Default: the name of the folder."""
+    notes: str = ""
+    """Anything worth keeping: the pipeline, denoising, the atlas version."""
+    overwrite: bool = False
+    """Replace a cohort that is there."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_coverage <= 1:
+            raise UserError(
+                f"min_coverage={self.min_coverage} must be a share above 0 and at most 1."
+            )
+        if self.tr_s is not None and not 0.01 < self.tr_s < 60:
+            raise UserError(
+                f"tr_s={self.tr_s} is no repetition time in seconds: expected between 0.01 and 60; "
+                "a TR in milliseconds is divided by 1000."
+            )
+
+
+@dataclass(kw_only=True)
+class ImportReport:
+    """What was read, what was dropped and why; it is kept as the cohort's `import.json`."""
+
+    source: str
+    kind: str
+    tr_s: float
+    atlas: str = ""
+    n_parcels: int = 0
+    n_files: int = 0
+    n_recordings: int = 0
+    n_people: int = 0
+    n_people_without_recordings: int = 0
+    orientation: str = ""
+    """The first axis in the files: "parcels-first", "trs-first", or "mixed"."""
+    min_trs: int = 0
+    max_trs: int = 0
+    mean_coverage: float = 0.0
+    min_coverage: float = 0.0
+    n_permuted: int = 0
+    """Recordings whose parcels were put into the atlas's order by name."""
+    n_extra_parcels: int = 0
+    """Different parcel names in the files that the atlas does not have; dropped."""
+    n_with_missing: int = 0
+    """Recordings that lack some of the atlas's parcels."""
+    n_with_constant: int = 0
+    """Recordings with constant parcels (counted as missing)."""
+    n_constant_parcels: int = 0
+    """Different parcels that were constant in some recording."""
+    n_dropped_columns: int = 0
+    """Columns dropped from each table, as the user asked."""
+    n_skipped_coverage: int = 0
+    """Recordings left out because their coverage was too low."""
+    n_dropped_recordings: int = 0
+    """Recordings left out because their subject is not in the table."""
+    n_dropped_people: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def warn(self, text: str) -> None:
+        """Keep a warning, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def lines(self) -> list[str]:
+        """The report in words, a fact a line."""
+        trs = (
+            f"{self.min_trs}" if self.min_trs == self.max_trs else f"{self.min_trs}-{self.max_trs}"
+        )
+        lines = [
+            f"read {self.n_files} {self.kind} recordings of {self.source} ({self.orientation})",
+            f"kept {self.n_recordings} recordings of {self.n_people} people: {self.n_parcels} "
+            f"parcels ({self.atlas}) x {trs} TRs, TR {self.tr_s:g} s",
+            f"coverage: mean {self.mean_coverage:.1%}, lowest {self.min_coverage:.1%} of parcels",
+        ]
+        facts = {
+            "recordings put into the atlas's parcel order by name": self.n_permuted,
+            "parcel names that are not in the atlas: dropped": self.n_extra_parcels,
+            "recordings lack some parcels: kept as NaN": self.n_with_missing,
+            "recordings have constant parcels: counted as missing": self.n_with_constant,
+            "columns dropped from each table, as asked": self.n_dropped_columns,
+            "recordings skipped: coverage too low": self.n_skipped_coverage,
+            "recordings dropped: their subject is not in the table": self.n_dropped_recordings,
+            "people in the table have no recording: kept": self.n_people_without_recordings,
+        }
+        lines += [f"{count} {text}" for text, count in facts.items() if count]
+        return lines + [f"warning: {text}" for text in self.warnings]

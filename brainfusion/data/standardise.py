@@ -1,0 +1,277 @@
+"""Standardisation as a fitted object: it travels with a checkpoint and says what it was fitted on.
+
+The formulas are those of BrainLM (Ortega Caro et al. 2024, vandijklab/BrainLM at commit b591d88d,
+toolkit/BrainLM_Toolkit.py) and Brain-JEPA (Dong et al. 2024, arXiv:2409.19407,
+Eric-LRL/Brain-JEPA at commit b1dfa93e).
+
+Shape legend: p parcels, t TRs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from brainfusion.data.recordings import Recordings
+from brainfusion.runtime.errors import UserError, nearest
+
+KINDS = {
+    "none": "values as they are",
+    "recording-zscore": "minus the recording's mean, over its standard deviation (Brain-JEPA)",
+    "parcel-zscore": "each parcel minus its time mean, over its standard deviation",
+    "brainlm-robust": "minus the time mean, then (x - median) / IQR (BrainLM, the paper's text)",
+    "brainlm-code": "minus the time mean, then x - median / IQR (BrainLM, the published code)",
+    "brainjepa-robust": "(x - median) / IQR of the recordings' time means (Brain-JEPA)",
+}
+FITTED = ("brainlm-robust", "brainlm-code", "brainjepa-robust")
+_BRAINLM_TRS = 200
+_MAX_SAMPLE = 2**27  # float32 values: 512 MiB of sampled frames
+_NOISE = 1e-6  # a spread below this share of the mean is float32 rounding
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Standardiser:
+    """Scales BOLD the way a model was trained on; missing parcels (NaN) become 0.
+
+    m and s are mean and unbiased standard deviation, taken over the parcels and TRs given:
+
+    - `none`: x.
+    - `recording-zscore`: (x - m) / s with one m and one s over all parcels and TRs. Brain-JEPA's
+      downstream data (one pair a recording) and its `use_standatdization` (one pair a clip).
+    - `parcel-zscore`: (x - m) / s with m and s of each parcel over the TRs.
+    - `brainlm-robust`: c = x - m of each parcel; (c - median) / IQR, where median and IQR of each
+      parcel come from c over the first 200 TRs of each training recording, stacked; zeros are left
+      out of the quartiles. The formula of BrainLM's paper.
+    - `brainlm-code`: c - median / IQR, the same statistics. What BrainLM's toolkit computes, by
+      operator precedence (vandijklab/BrainLM#19), and so what its published weights were fed.
+    - `brainjepa-robust`: (x - median) / IQR, where median and IQR of each parcel are taken over the
+      training recordings' time means. Brain-JEPA's pretraining data: fluctuations are divided by a
+      spread between people. Needs data whose time means were kept.
+
+    A parcel without spread becomes 0.
+    """
+
+    kind: str
+    n_parcels: int
+    cohort: str
+    n_people: int
+    n_recordings: int
+    median: np.ndarray | None = None
+    """float64 [p]; None for kinds that are not fitted. 0 where a parcel had no data."""
+    iqr: np.ndarray | None = None
+    """float64 [p]: 75th minus 25th percentile; 0 where a parcel had no spread."""
+
+    @classmethod
+    def fit(
+        cls, kind: str, recordings: Recordings, rows: Sequence[int] | np.ndarray, *, cohort: str
+    ) -> "Standardiser":
+        """Fit on the recordings at `rows`, one at a time; memory stays under about 1 GiB.
+
+        Args:
+            kind: One of `KINDS`.
+            recordings: Where to read.
+            rows: Index rows of the training recordings.
+            cohort: The cohort's name, for the record.
+
+        Raises:
+            UserError: An unknown kind, no rows, or data without the spread that the kind needs.
+        """
+        check_kind(kind)
+        rows = np.asarray(rows, dtype=np.int64)
+        if not len(rows):
+            raise UserError(
+                f"the standardiser '{kind}' was given no recording to fit on: expected those of "
+                "the training split; check that its people have recordings."
+            )
+        median = iqr = None
+        if kind in ("brainlm-robust", "brainlm-code"):
+            median, iqr = _brainlm_statistics(recordings, rows)
+        elif kind == "brainjepa-robust":
+            median, iqr = _brainjepa_statistics(recordings, rows)
+        return cls(
+            kind=kind,
+            n_parcels=recordings.n_parcels,
+            cohort=cohort,
+            n_people=recordings.index["subject"].gather(rows).n_unique(),
+            n_recordings=len(rows),
+            median=median,
+            iqr=iqr,
+        )
+
+    @property
+    def fitted_on(self) -> str:
+        """What it saw: "700 people of cohort X"."""
+        return f"{self.n_people} people of cohort {self.cohort}"
+
+    def transform(self, bold: np.ndarray) -> np.ndarray:
+        """Standardise whole recordings or windows.
+
+        Args:
+            bold: [..., p, t] in the unit and atlas order of the data it was fitted on; a missing
+                parcel is NaN. The means and standard deviations in the formulas are of each [p, t].
+
+        Returns:
+            float32 of the same shape, without NaN.
+
+        Raises:
+            UserError: Another number of parcels.
+        """
+        if bold.ndim < 2 or bold.shape[-2] != self.n_parcels:
+            got = bold.shape[-2] if bold.ndim >= 2 else f"no parcel axis (shape {bold.shape})"
+            raise UserError(
+                f"this data has {got} parcels but the standardiser was fitted on {self.n_parcels} "
+                f"({self.fitted_on}): use data of the same atlas, or refit it on this cohort."
+            )
+        x = np.asarray(bold, dtype=np.float32)
+        present = ~np.isnan(x)
+        x = np.where(present, x, np.float32(0))
+        if self.kind == "recording-zscore":
+            x = _zscore(x, present, axis=(-2, -1))
+        elif self.kind == "parcel-zscore":
+            x = _zscore(x, present, axis=(-1,))
+        elif self.kind != "none":
+            x = self._robust(x, present)
+        return np.where(present, x, np.float32(0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, `standardiser.json`."""
+        return {
+            "kind": self.kind,
+            "n_parcels": self.n_parcels,
+            "cohort": self.cohort,
+            "n_people": self.n_people,
+            "n_recordings": self.n_recordings,
+            "median": None if self.median is None else self.median.tolist(),
+            "iqr": None if self.iqr is None else self.iqr.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Standardiser":
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: Keys are missing or unknown, or statistics do not fit the kind.
+        """
+        keys = ("kind", "n_parcels", "cohort", "n_people", "n_recordings", "median", "iqr")
+        if not isinstance(values, dict) or set(values) != set(keys):
+            raise UserError(
+                f"standardiser: expected the keys {', '.join(keys)}: restore the checkpoint's "
+                "standardiser.json."
+            )
+        check_kind(values["kind"])
+        statistics: dict[str, np.ndarray | None] = {"median": None, "iqr": None}
+        if values["kind"] in FITTED:
+            for name in statistics:
+                array = np.asarray(values[name], dtype=np.float64)
+                if array.shape != (values["n_parcels"],) or not np.isfinite(array).all():
+                    raise UserError(
+                        f"standardiser: '{name}' must be {values['n_parcels']} numbers, one a "
+                        "parcel: restore the checkpoint's standardiser.json."
+                    )
+                statistics[name] = array
+        return cls(**{**values, **statistics})
+
+    def _robust(self, x: np.ndarray, present: np.ndarray) -> np.ndarray:
+        assert self.median is not None
+        assert self.iqr is not None
+        median, iqr = self.median[:, None], self.iqr[:, None]
+        safe = np.where(iqr > 0, iqr, 1.0)
+        centred = x.astype(np.float64)
+        if self.kind != "brainjepa-robust":
+            n = np.maximum(present.sum(axis=-1, keepdims=True), 1)
+            centred -= centred.sum(axis=-1, keepdims=True) / n
+        if self.kind == "brainlm-code":
+            scaled = centred - median / safe
+        else:
+            scaled = (centred - median) / safe
+        return np.where(iqr > 0, scaled, 0.0).astype(np.float32)
+
+
+def check_kind(kind: str) -> None:
+    """Check a kind's name.
+
+    Raises:
+        UserError: It is none of `KINDS`; the nearest is named.
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown standardiser '{kind}'. {nearest(str(kind), KINDS)}")
+
+
+def _zscore(x: np.ndarray, present: np.ndarray, *, axis: tuple[int, ...]) -> np.ndarray:
+    n = present.sum(axis=axis, keepdims=True)
+    mean = x.sum(axis=axis, keepdims=True, dtype=np.float64) / np.maximum(n, 1)
+    centred = np.where(present, x - mean, 0.0)
+    variance = (centred**2).sum(axis=axis, keepdims=True) / np.maximum(n - 1, 1)
+    std = np.sqrt(variance)
+    spread = std > _NOISE * np.abs(mean)
+    return np.where(spread, centred / np.where(spread, std, 1.0), 0.0).astype(np.float32)
+
+
+def _means(
+    recordings: Recordings, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Each recording with its present parcels (bool [p]) and their time means (float64 [p])."""
+    for row in rows:
+        bold = recordings.read(int(row))
+        yield bold, ~np.isnan(bold[:, 0]), bold.mean(axis=1, dtype=np.float64)
+
+
+def _brainlm_statistics(recordings: Recordings, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    n_parcels = recordings.n_parcels
+    # Differs from upstream: a large cohort's frames are thinned evenly, because all first 200 TRs
+    # of 40,000 people would take 14 GB; the quantiles of the remaining millions agree.
+    n_values = max(_MAX_SAMPLE // n_parcels, 1)
+    if len(rows) > n_values:
+        rows = rows[np.linspace(0, len(rows) - 1, n_values).astype(np.int64)]
+    n_frames = min(_BRAINLM_TRS, n_values // len(rows))
+    sample = np.full((n_parcels, len(rows) * n_frames), np.nan, dtype=np.float32)
+    filled = 0
+    for bold, present, mean in _means(recordings, rows):
+        n_first = min(_BRAINLM_TRS, bold.shape[1])
+        frames = np.unique(np.linspace(0, n_first - 1, min(n_frames, n_first)).astype(np.int64))
+        part = slice(filled, filled + len(frames))
+        sample[present, part] = bold[present][:, frames] - mean[present, None]
+        filled = part.stop
+    sample = sample[:, :filled]
+    median, iqr = np.zeros(n_parcels), np.zeros(n_parcels)
+    for parcel, values in enumerate(sample):
+        seen = values[~np.isnan(values)].astype(np.float64)
+        if len(seen):
+            median[parcel] = np.median(seen)
+        if (nonzero := seen != 0).any():
+            low, high = np.percentile(seen[nonzero], [25, 75])
+            iqr[parcel] = high - low
+    if not (iqr > 0).any():
+        raise UserError(
+            "the training recordings are constant in every parcel: expected BOLD time series; "
+            "check what was imported."
+        )
+    return median, iqr
+
+
+def _brainjepa_statistics(
+    recordings: Recordings, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    n_parcels = recordings.n_parcels
+    means = np.full((len(rows), n_parcels), np.nan)
+    within = np.zeros(n_parcels)
+    for i, (bold, present, mean) in enumerate(_means(recordings, rows)):
+        means[i] = np.where(present, mean, np.nan)
+        within += np.where(present, bold.std(axis=1), 0.0) / len(rows)
+    median, iqr = np.zeros(n_parcels), np.zeros(n_parcels)
+    for parcel, values in enumerate(means.T):
+        seen = values[~np.isnan(values)]
+        if len(seen):
+            low, median[parcel], high = np.percentile(seen, [25, 50, 75])
+            iqr[parcel] = high - low
+    # Centred recordings leave means of rounding size: dividing by those would blow the data up.
+    iqr[iqr <= 1e-4 * within] = 0.0
+    if (iqr > 0).mean() < 0.5:
+        raise UserError(
+            f"'brainjepa-robust' divides by the spread of time means between recordings, and "
+            f"{int((iqr == 0).sum())} of {n_parcels} parcels have none over {len(rows)} of them: "
+            "expected recordings whose time means were kept; use 'recording-zscore' or "
+            "'brainlm-robust' for centred data."
+        )
+    return median, iqr

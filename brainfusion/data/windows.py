@@ -1,0 +1,118 @@
+"""Windows are crops of recordings in time.
+
+Shape legend: b windows, p parcels, t TRs of a window.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from brainfusion.data.recordings import Recordings
+from brainfusion.runtime.errors import UserError
+
+
+def window_starts(n_trs: int, window_trs: int, *, stride: int | None = None) -> np.ndarray:
+    """First TRs (int64, ascending) of windows that cover a recording, the last flush with its end.
+
+    Args:
+        n_trs: Length of the recording.
+        window_trs: Length of a window.
+        stride: TRs between starts, at most `window_trs` so that no TR is left out; `window_trs`
+            if omitted. The last step may be shorter.
+
+    Raises:
+        UserError: The recording is shorter than a window, or the stride leaves gaps.
+    """
+    stride = window_trs if stride is None else stride
+    if window_trs < 1 or not 1 <= stride <= window_trs:
+        raise UserError(
+            f"window_trs={window_trs} with stride={stride}: expected a window of at least 1 TR and "
+            "a stride between 1 and the window, so that no TR is left out."
+        )
+    if n_trs < window_trs:
+        raise UserError(
+            f"a recording has {n_trs} TRs but a window takes {window_trs}: leave out short "
+            "recordings, or use a model with a shorter window."
+        )
+    last = n_trs - window_trs
+    starts = np.arange(0, last + 1, stride, dtype=np.int64)
+    return starts if starts[-1] == last else np.append(starts, np.int64(last))
+
+
+def training_windows(
+    recordings: Recordings,
+    rows: Sequence[int] | np.ndarray,
+    *,
+    window_trs: int,
+    batch_size: int,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> np.ndarray:
+    """One training batch, a pure function of its arguments: a resumed run needs no state.
+
+    Recordings are dealt without replacement, in an order drawn anew each time all were seen; starts
+    are uniform over the recording, its last window included (as in BrainLM's pretraining). The
+    global batch of `batch_size * world_size` windows does not depend on how it is shared out:
+    rank r takes items r, r + world_size, ..., so that W ranks together see what one process with a
+    W times larger batch sees.
+
+    Args:
+        recordings: Where to read.
+        rows: Index rows of the training recordings.
+        window_trs: Length of a window.
+        batch_size: Windows for this rank.
+        seed: Another seed, another order.
+        step: The optimiser step, from 0.
+        rank: This process.
+        world_size: Number of processes.
+
+    Returns:
+        float32 [b, p, t]; missing parcels are NaN.
+
+    Raises:
+        UserError: There are no rows, or a recording is shorter than a window.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    check_lengths(recordings, rows, window_trs)
+    n_global = batch_size * world_size
+    items = np.arange(step * n_global, (step + 1) * n_global)
+    dealt = _deal(rows, items, seed)
+    share = np.random.default_rng([seed, step, 1]).random(n_global)
+    batch = np.empty((batch_size, recordings.n_parcels, window_trs), dtype=np.float32)
+    for slot, item in enumerate(range(rank, n_global, world_size)):
+        bold = recordings.read(int(dealt[item]))
+        start = int(share[item] * (bold.shape[1] - window_trs + 1))
+        batch[slot] = bold[:, start : start + window_trs]
+    return batch
+
+
+def check_lengths(recordings: Recordings, rows: np.ndarray, window_trs: int) -> None:
+    """Check that there are recordings and that each holds a window.
+
+    Raises:
+        UserError: There are none, or some are too short; their number is named.
+    """
+    if not len(rows):
+        raise UserError(
+            "there is no recording to take windows from: expected those of the training split; "
+            "check that its people have recordings."
+        )
+    lengths = recordings.n_trs[rows]
+    if n_short := int((lengths < window_trs).sum()):
+        raise UserError(
+            f"{n_short} of {len(rows)} recordings are shorter than a window of {window_trs} TRs "
+            f"(shortest: {lengths.min()}): leave them out, or use a model with a shorter window."
+        )
+
+
+def _deal(rows: np.ndarray, items: np.ndarray, seed: int) -> np.ndarray:
+    """The recording of each item in an endless sequence of shuffled passes over `rows`."""
+    passes, places = np.divmod(items, len(rows))
+    dealt = np.empty(len(items), dtype=np.int64)
+    for number in np.unique(passes):
+        order = np.random.default_rng([seed, int(number), 0]).permutation(len(rows))
+        now = passes == number
+        dealt[now] = rows[order[places[now]]]
+    return dealt

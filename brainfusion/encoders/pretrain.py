@@ -1,0 +1,391 @@
+"""Pretraining of a brain encoder on a cohort's recordings: one loop for both models.
+
+Batches, masks and schedules are pure functions of (seed, step, rank), so a resumed run goes on bit
+for bit and there is nothing to restore but weights and optimiser.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from brainfusion.data.cohort import Cohort
+from brainfusion.data.standardise import Standardiser
+from brainfusion.data.windows import training_windows
+from brainfusion.encoders.brainjepa import BrainJEPAConfig
+from brainfusion.encoders.brainlm import BrainLMConfig
+from brainfusion.encoders.checkpoints import (
+    build,
+    describe_training_data,
+    encoder_weights,
+    load_into,
+)
+from brainfusion.encoders.objectives import objective_for
+from brainfusion.runtime import checkpoint, config, files, schedules
+from brainfusion.runtime.distributed import Ranks, barrier, mean_over_ranks
+from brainfusion.runtime.errors import CheckpointError, UserError
+from brainfusion.runtime.logs import MetricsLog, Progress, say
+from brainfusion.runtime.memory import peak_mib
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What the encoder sees."""
+
+    standardiser: str = "recording-zscore"
+    """How recordings are scaled: fitted on training people, saved with each checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine; no weight decay on biases and norms."""
+
+    steps: int = 400
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Windows a step, over all ranks together."""
+    lr: float = 1e-3
+    """Learning rate at the end of the warm-up."""
+    lr_end: float = 1e-6
+    """Learning rate at the last step."""
+    warmup_share: float = 0.1
+    """Share of the steps with a linear warm-up."""
+    weight_decay: float = 0.05
+    """Weight decay at the start."""
+    weight_decay_end: float = 0.05
+    """Weight decay at the end; a cosine joins the two."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 leaves gradients as they are."""
+    momentum: tuple[float, float] = (0.996, 1.0)
+    """Brain-JEPA's target encoder: momentum at the first and last step, a linear ramp."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Seeds and how often what is written."""
+
+    seed: int = 0
+    """Seeds weights, windows, masks and dropout."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    validate_every: int = 50
+    """Steps between validation losses."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    n_validation: int = 64
+    """Validation recordings used, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EfficiencyConfig:
+    """What must not change results beyond rounding."""
+
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the forward pass; weights stay float32."""
+    threads: int = 0
+    """Threads a process; 0 shares the cores among the ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """Everything that decides a pretraining run."""
+
+    model: str
+    """'brainjepa' or 'brainlm'."""
+    encoder: BrainLMConfig | BrainJEPAConfig
+    """The architecture."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What the encoder sees."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it is trained."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Seeds and what is written when."""
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    """Device, precision, threads."""
+
+
+def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: Ranks) -> Path:
+    """Train until `optim.steps`; returns the last checkpoint. Called again, it resumes.
+
+    Raises:
+        UserError: The cohort does not fit the encoder, or the run was made with another config.
+        FloatingPointError: A loss was not finite on some rank; all ranks stop together.
+    """
+    optim, run = settings.optim, settings.run
+    if optim.batch_size % ranks.world_size:
+        raise UserError(
+            f"optim.batch_size={optim.batch_size} does not divide over {ranks.world_size} "
+            f"processes: use a multiple of {ranks.world_size}."
+        )
+
+    # -- data ----------------------------------------------------------------------------------
+    train_rows, validation_rows = _rows(cohort, settings)
+    standardiser = Standardiser.fit(
+        settings.data.standardiser, cohort.recordings, train_rows, cohort=cohort.name
+    )
+
+    # -- model, optimiser ----------------------------------------------------------------------
+    torch.manual_seed(run.seed)
+    encoder = build(settings.model, settings.encoder, cohort, train_rows)
+    options: dict[str, Any] = {"momentum": optim.momentum} if settings.model == "brainjepa" else {}
+    objective = objective_for(encoder, cohort.atlas, **options).to(ranks.device)
+    optimizer = torch.optim.AdamW(_groups(objective), lr=optim.lr, betas=optim.betas)
+
+    # -- resume --------------------------------------------------------------------------------
+    start = _resume(settings, run_dir, encoder, optimizer) if checkpoint.steps(run_dir) else 0
+    if start >= optim.steps:
+        if ranks.is_main:
+            say(f"{run_dir} is already trained to step {start}; --restart trains it anew.")
+        return checkpoint.newest(run_dir)
+    if ranks.is_main:
+        files.check_writable(run_dir)
+        config.save(run_dir / "config.yaml", settings)
+        n_weights = sum(p.numel() for p in encoder.parameters())
+        say(
+            f"pretraining {settings.model} ({n_weights:,} parameters) on {len(train_rows)} "
+            f"recordings of '{cohort.name}', {ranks.world_size} process(es), {ranks.device.type}"
+            + (f", resumed at step {start}" if start else "")
+        )
+    barrier()
+    module: nn.Module = objective
+    if ranks.world_size > 1:
+        cuda = [ranks.device.index] if ranks.device.type == "cuda" else None
+        module = DistributedDataParallel(objective, device_ids=cuda)
+    log = MetricsLog(run_dir / "metrics.jsonl", active=ranks.is_main, resume_step=start or None)
+    progress = Progress(settings.model, optim.steps, start=start, active=ranks.is_main)
+    evaluate = _Validation(settings, cohort, validation_rows, standardiser, objective, ranks)
+    begin, first = time.monotonic(), evaluate()
+    if start == 0:
+        log.write(step=0, **first)
+
+    # -- the loop ------------------------------------------------------------------------------
+    validation = first
+    for step in range(start, optim.steps):
+        seed_dropout(run.seed, step, ranks.rank)
+        lr, decay = _schedule(optim, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = decay if group["decays"] else 0.0
+        bold = training_windows(
+            cohort.recordings,
+            train_rows,
+            window_trs=encoder.window_trs,
+            batch_size=optim.batch_size // ranks.world_size,
+            seed=run.seed,
+            step=step,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        batch = torch.from_numpy(standardiser.transform(bold)).to(ranks.device)
+        draws = objective.draw(optim.batch_size, seed=run.seed, step=step)
+        draws = [draw[ranks.rank :: ranks.world_size].to(ranks.device) for draw in draws]
+
+        with _autocast(settings, ranks):
+            loss = module(batch, *draws)
+        _check_finite(loss, step, ranks)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(objective.parameters(), optim.clip or float("inf"))
+        optimizer.step()
+        objective.after_step(step + 1, optim.steps)
+
+        done = step + 1
+        if done % run.validate_every == 0 or done == optim.steps:
+            validation = evaluate()
+        if done % run.log_every == 0 or done == optim.steps:
+            seen = (done - start) * optim.batch_size
+            fresh = done % run.validate_every == 0 or done == optim.steps
+            log.write(
+                step=done,
+                loss=float(mean_over_ranks(loss)),
+                lr=lr,
+                weight_decay=decay,
+                grad_norm=float(norm),
+                windows_per_s=seen / (time.monotonic() - begin),
+                **(validation if fresh else {}),
+            )
+        progress.update(
+            done, f"loss {float(loss):.4f}, validation {validation['validation_loss']:.4f}"
+        )
+        if ranks.is_main and (done % run.save_every == 0 or done == optim.steps):
+            checkpoint.save(
+                run_dir,
+                done,
+                weights=encoder_weights(encoder),
+                optimizer=optimizer.state_dict(),
+                state={
+                    "model": settings.model,
+                    "config": config.to_dict(settings),
+                    "config_class": type(settings.encoder).__name__,
+                    "standardiser": standardiser.to_dict(),
+                    **describe_training_data(cohort, train_rows),
+                },
+                keep_last=run.keep_last,
+            )
+
+    # -- summary -------------------------------------------------------------------------------
+    log.close()
+    if ranks.is_main:
+        files.write_json(
+            run_dir / "summary.json",
+            {
+                "model": settings.model,
+                "n_steps": optim.steps,
+                "n_parameters": sum(p.numel() for p in encoder.parameters()),
+                "seconds": round(time.monotonic() - begin, 2),
+                "world_size": ranks.world_size,
+                "final_loss": float(loss),
+                "first": first,
+                "last": validation,
+                "peak_mib": peak_mib(),
+            },
+        )
+    barrier()
+    return checkpoint.newest(run_dir)
+
+
+class _Validation:
+    """The loss on fixed windows and fixed masks of validation people, shared over the ranks."""
+
+    def __init__(
+        self,
+        settings: PretrainConfig,
+        cohort: Cohort,
+        rows: Sequence[int],
+        standardiser: Standardiser,
+        objective: nn.Module,
+        ranks: Ranks,
+    ) -> None:
+        self._settings, self._objective, self._ranks = settings, objective, ranks
+        n_rows = min(len(rows), settings.run.n_validation)
+        n_rows -= n_rows % ranks.world_size
+        window = objective.encoder.window_trs  # type: ignore[union-attr]
+        bold = np.stack([cohort.recordings.read(row)[:, :window] for row in rows[:n_rows]])
+        draws = objective.draw(n_rows, seed=settings.run.seed, step=2**31)  # type: ignore[operator]
+        mine = slice(ranks.rank, None, ranks.world_size)
+        self._bold = torch.from_numpy(standardiser.transform(bold[mine]))
+        self._draws: list[Tensor] = [draw[mine] for draw in draws]
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """The mean over chunks and ranks."""
+        self._objective.eval()
+        chunk, rows = 16, len(self._bold)
+        totals: dict[str, float] = {}
+        for begin in range(0, rows, chunk):
+            part = slice(begin, begin + chunk)
+            batch = self._bold[part].to(self._ranks.device)
+            draws = [draw[part].to(self._ranks.device) for draw in self._draws]
+            values = {"validation_loss": float(self._objective(batch, *draws))}
+            values |= self._objective.diagnose(batch, *draws)  # type: ignore[operator]
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value * len(batch) / rows
+        self._objective.train()
+        means = mean_over_ranks(torch.tensor(list(totals.values()), device=self._ranks.device))
+        return dict(zip(totals, means.tolist(), strict=True))
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make torch's own draws of this step, dropout, a function of (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def _rows(cohort: Cohort, settings: PretrainConfig) -> tuple[list[int], list[int]]:
+    """Recordings of training and of validation people that are long enough."""
+    window = settings.encoder.n_trs
+    index = cohort.recordings.index
+    labels = np.array(cohort.splits().label(index["subject"].to_list()))
+    long_enough = index["n_trs"].to_numpy() >= window
+    if short := int((~long_enough).sum()):
+        say(f"{short} of {len(index)} recordings are shorter than {window} TRs and are left out.")
+    rows = [
+        np.flatnonzero((labels == side) & long_enough).tolist() for side in ("train", "validation")
+    ]
+    if not all(rows):
+        raise UserError(
+            f"the cohort '{cohort.name}' has {len(rows[0])} training and {len(rows[1])} validation "
+            f"recordings of at least {window} TRs: both are needed; use a smaller --n-trs."
+        )
+    return rows[0], rows[1]
+
+
+def _groups(objective: nn.Module) -> list[dict[str, Any]]:
+    """Weights decay; biases, norms, tokens and other vectors do not."""
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    tokens = {id(p) for name, p in objective.named_parameters() if name.endswith("_token")}
+    matrices = [p for p in trained if p.ndim > 1 and id(p) not in tokens]
+    chosen = {id(p) for p in matrices}
+    vectors = [p for p in trained if id(p) not in chosen]
+    return [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}]
+
+
+def _schedule(optim: OptimConfig, step: int) -> tuple[float, float]:
+    lr = schedules.warmup_cosine(
+        step + 1,
+        start=optim.lr * 0.05,
+        peak=optim.lr,
+        end=optim.lr_end,
+        n_warmup=optim.warmup_share * optim.steps,
+        n_steps=optim.steps,
+    )
+    return lr, schedules.cosine(step, optim.weight_decay, optim.weight_decay_end, optim.steps)
+
+
+def _resume(
+    settings: PretrainConfig, run_dir: Path, encoder: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    folder = checkpoint.newest(run_dir)
+    state = checkpoint.load_state(folder)
+    before, now = dict(state["config"]), config.to_dict(settings)
+    before.pop("efficiency"), now.pop("efficiency")
+    if changed := _differences(before, now):
+        raise CheckpointError(
+            f"{run_dir} was trained with another config ({'; '.join(changed)}): give another "
+            "--out, or --restart to train it anew."
+        )
+    load_into(encoder, folder)
+    optimizer.load_state_dict(checkpoint.load_optimizer(folder))
+    return int(state["step"])
+
+
+def _differences(before: Any, now: Any, where: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted({*before, *now})
+        return [
+            text
+            for name in names
+            for text in _differences(before.get(name), now.get(name), f"{where}.{name}".strip("."))
+        ]
+    return [] if before == now else [f"{where}: {before} -> {now}"]
+
+
+def _autocast(settings: PretrainConfig, ranks: Ranks) -> torch.autocast:
+    on = settings.efficiency.precision == "bfloat16"
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=on)
+
+
+def _check_finite(loss: Tensor, step: int, ranks: Ranks) -> None:
+    """Stop all ranks together, naming those whose loss is not finite."""
+    bad = torch.zeros(ranks.world_size, device=loss.device)
+    bad[ranks.rank] = float(not torch.isfinite(loss.detach()))
+    if ranks.world_size > 1:
+        dist.all_reduce(bad)
+    if bad.any():
+        culprits = bad.nonzero().flatten().tolist()
+        raise FloatingPointError(
+            f"the loss is not finite at step {step} on rank(s) {culprits}: lower "
+            "--lr, and check the cohort's recordings with Cohort.validate()."
+        )

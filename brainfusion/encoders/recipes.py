@@ -1,0 +1,40 @@
+"""How each encoder is trained by default, by preset."""
+
+from brainfusion.encoders import ENCODERS
+from brainfusion.encoders.pretrain import DataConfig, OptimConfig, PretrainConfig
+from brainfusion.runtime.errors import UserError, nearest
+
+STANDARDISERS = {"brainlm": "recording-zscore", "brainjepa": "recording-zscore"}
+
+
+def recipe(model: str, preset: str) -> PretrainConfig:
+    """The training settings of a preset.
+
+    `tiny` trains in about a minute on two cores. The published sizes take the batch, learning rate
+    and weight decay of their papers (BrainLM: batch 256, 1e-3, 0.05; Brain-JEPA: batch 512, 1e-3,
+    0.04 to 0.4, EMA 0.996 to 1), for one pass that you choose with `--optim.steps`.
+
+    Raises:
+        UserError: No such preset.
+    """
+    presets = ENCODERS[model].presets
+    if preset not in presets:
+        raise UserError(f"unknown preset '{preset}' for {model}. {nearest(preset, presets)}")
+    if preset == "tiny":
+        optim = OptimConfig()
+    elif model == "brainlm":
+        optim = OptimConfig(steps=1500, batch_size=256, warmup_share=0.05, weight_decay_end=0.05)
+    else:
+        optim = OptimConfig(
+            steps=20_000,
+            batch_size=512,
+            warmup_share=40 / 300,
+            weight_decay=0.04,
+            weight_decay_end=0.4,
+        )
+    return PretrainConfig(
+        model=model,
+        encoder=presets[preset],
+        data=DataConfig(standardiser=STANDARDISERS[model]),
+        optim=optim,
+    )

@@ -1,0 +1,269 @@
+"""A plausible `results.json` with its side files, as a simulated run would leave them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+N_TEST = 200
+IDS = [f"person-{i:05d}" for i in range(N_TEST)]
+CONFOUNDS, FEATURES, EMBEDDINGS = "confounds only", "brainjepa features", "brain embedding"
+
+
+def write_example(workspace: Path, *, effect: float = 1.4, seed: int = 0) -> dict[str, Any]:
+    """Write results.json, metrics, the similarity arrays and a features file with subject ids.
+
+    Args:
+        workspace: The folder to fill.
+        effect: Separation of pairs from non-pairs in standard deviations; 0 is the null.
+        seed: For the arrays.
+    """
+    rng = np.random.default_rng(seed)
+    ranks = _write_arrays(workspace, rng, effect)
+    _write_metrics(workspace, rng, effect)
+    features = workspace / "features" / "brainjepa.parquet"
+    features.parent.mkdir(parents=True)
+    pl.DataFrame({"subject": IDS}).write_parquet(features)
+    results = {
+        "format": 1,
+        "package_version": "0.1.0",
+        "created": "2026-11-21T19:40:00+00:00",
+        "cohort": cohort_facts(),
+        "config": {
+            "align": {"steps": 400, "learning_rate": 1e-3, "n_negatives": None, "symmetric": True},
+            "seeds": list(range(40)),
+        },
+        "pretraining": {
+            "brainjepa": {
+                "metrics": "pretrain/brainjepa/metrics.jsonl",
+                "n_steps": 400,
+                "seconds": 71.3,
+                "final_loss": 0.112,
+                "first": {"validation_loss": 0.45},
+                "last": {"validation_loss": 0.12},
+            }
+        },
+        "alignment": {
+            "brain": "brainjepa",
+            "dna": "evo2",
+            "metrics": "align/brainjepa-evo2/metrics.jsonl",
+            "n_train": 700,
+            "n_validation": 100,
+            "n_test": N_TEST,
+            "best_step": 240,
+            "loss": 4.31,
+            "log_n": float(np.log(256)),
+            "logit_scale": 17.2,
+            "residualised_on": ["age", "sex=M", "site=2", "motion"],
+        },
+        "truth": truth(effect),
+        "figures": {"similarity": "align/brainjepa-evo2/similarity.npz"},
+        "retrieval": retrieval(ranks, effect),
+        "probes": probes(effect),
+        "stages": [
+            {"name": "simulate", "seconds": 8.2, "peak_mib": 612.0, "cached": False},
+            {"name": "pretrain brainjepa", "seconds": 71.3, "peak_mib": 905.0, "cached": False},
+            {"name": "embed", "seconds": 12.9, "peak_mib": 780.0, "cached": False},
+            {"name": "align", "seconds": 31.0, "peak_mib": 560.0, "cached": False},
+            {"name": "retrieve", "seconds": 6.4, "peak_mib": 540.0, "cached": True},
+            {"name": "probe", "seconds": 14.1, "peak_mib": 498.0, "cached": False},
+        ],
+    }
+    save(workspace, results)
+    return results
+
+
+def save(workspace: Path, results: dict[str, Any]) -> None:
+    """Write results.json."""
+    (workspace / "results.json").write_text(json.dumps(results, allow_nan=False), encoding="utf-8")
+
+
+def cohort_facts() -> dict[str, Any]:
+    """The facts of `Cohort.describe()`, with splits and flow."""
+    return {
+        "name": "demo",
+        "origin": "simulated",
+        "n_people": 1000,
+        "n_recordings": 1900,
+        "n_parcels": 100,
+        "n_trs": [160, 160],
+        "tr_s": [0.735],
+        "sites": {"site-1": 402, "site-2": 331, "site-3": 267},
+        "sex": {"F": 517, "M": 483},
+        "age": {"mean": 63.4, "sd": 7.5},
+        "motion": {"mean": 0.131, "sd": 0.049},
+        "families": {"n_families": 871, "n_with_relatives": 240, "largest": 3},
+        "splits": {"train": 700, "validation": 100, "test": 200, "hash": "3f1d9a0c55e27b64"},
+        "flow": [
+            {"step": "people in the cohort", "n": 1040},
+            {"step": "with a recording of at least 100 TRs", "n": 1012},
+            {"step": "with DNA embeddings", "n": 1000},
+        ],
+    }
+
+
+def direction(ranks: np.ndarray, *, p_value: float, attainable: float | None) -> dict[str, Any]:
+    """One direction's row from the share of others that each person's partner outranks [n]."""
+    n = len(ranks)
+    auc, error = float(ranks.mean()), float(ranks.std() / np.sqrt(n))
+    position = (1 - ranks) * (n - 1) + 1
+    row = {
+        "auc": auc,
+        "ci_low": auc - 1.96 * error,
+        "ci_high": auc + 1.96 * error,
+        "p_value": p_value,
+        "chance": 0.5,
+        "n_queries": n,
+        "n_gallery": n,
+        "attainable": attainable,
+        "attainable_from_bold": attainable and 0.5 + 0.9 * (attainable - 0.5),
+        "unit": "person",
+        "median_rank": float(np.median(position)),
+        "median_rank_chance": (n + 1) / 2,
+        "mrr": float((1 / position).mean()),
+        "mrr_chance": float((1 / np.arange(1, n + 1)).mean()),
+    }
+    for k in (1, 5, 10):
+        row[f"recall_at_{k}"] = float((position <= k + 1e-9).mean())
+        row[f"recall_at_{k}_chance"] = k / n
+    return row
+
+
+def truth(effect: float) -> dict[str, Any]:
+    """The oracle line of the simulation."""
+    recall = {f"recall_at_{k}": v if effect else k / N_TEST for k, v in ((1, 0.7), (5, 0.9))}
+    return {"preset": "demo", "oracle_g_z": {"auc": 0.99, "n_gallery": N_TEST, **recall}}
+
+
+def retrieval(ranks: dict[str, np.ndarray], effect: float) -> dict[str, Any]:
+    """The whole retrieval part."""
+    p_value = 0.001 if effect else 0.31
+    rows = {
+        name: direction(ranks[name], p_value=p_value, attainable=0.99 if effect else 0.5)
+        for name in ("brain_to_dna", "dna_to_brain")
+    }
+    auc = rows["brain_to_dna"]["auc"]
+
+    def row(name: str, value: float, n: int) -> list[dict[str, Any]]:
+        half = 1.96 * 0.25 / np.sqrt(n)
+        return [
+            {
+                "name": name,
+                "direction": direction,
+                "auc": value + shift,
+                "ci_low": value + shift - half,
+                "ci_high": value + shift + half,
+                "p_value": 0.001 if value - half > 0.5 else 0.31,
+                "n_queries": n,
+                "n_gallery": n // 2,
+            }
+            for direction, shift in (("query_to_gallery", 0.0), ("gallery_to_query", 0.004))
+        ]
+
+    return {
+        **rows,
+        "shuffled_control": {
+            "auc": 0.507,
+            "standard_error": 0.0204,
+            "p_value": 0.71,
+            "n_gallery": N_TEST,
+            "brain_to_dna": {"auc": 0.509, "p_value": 0.36, "n_gallery": N_TEST},
+            "dna_to_brain": {"auc": 0.505, "p_value": 0.41, "n_gallery": N_TEST},
+        },
+        "baselines": [
+            *row("ridge-CCA on features", 0.5 + 0.8 * (auc - 0.5), N_TEST),
+            *row("ridge-CCA on the connectome", 0.5 + 0.7 * (auc - 0.5), N_TEST),
+            *row("confounds only", 0.512, N_TEST),
+        ],
+        "strata": [
+            *row("same site", auc - 0.01, 66),
+            *row("same sex and age band", auc - 0.02, 41),
+            *row("unrelated only", auc, 178),
+        ],
+    }
+
+
+def probes(effect: float) -> list[dict[str, Any]]:
+    """Probe rows: two continuous targets that the features know, one that confounds know, sex."""
+    rows = []
+    known = effect > 0
+    table = [
+        ("cognition", "r2", 0.02, 0.21, 0.17),
+        ("trait_1", "r2", 0.01, 0.15, 0.19),
+        ("age", "r2", 0.31, 0.30, 0.12),
+        ("sex", "auroc", 0.52, 0.74, 0.66),
+        ("diagnosis", "auroc", 0.55, 0.61, 0.58),
+    ]
+    for target, metric, *values in table:
+        chance = 0.0 if metric == "r2" else 0.5
+        names = (CONFOUNDS, FEATURES, EMBEDDINGS)
+        lines = list(zip(names, values, strict=True))
+        lines += [(f"{name} | confounds", value - 0.02) for name, value in lines[1:]]
+        for name, value in lines:
+            if target == "age" and "|" in name:
+                continue
+            shown = value if known or name == CONFOUNDS else chance - 0.01
+            rows.append(
+                {
+                    "target": target,
+                    "kind": "continuous" if metric == "r2" else "binary",
+                    "features": name,
+                    "metric": metric,
+                    "value": shown,
+                    "ci_low": shown - 0.06,
+                    "ci_high": shown + 0.06,
+                    "p_value": 0.001 if shown - 0.06 > chance else 0.4,
+                    "chance": chance,
+                    "n": 1000,
+                }
+            )
+    return rows
+
+
+def _write_arrays(workspace: Path, rng: np.random.Generator, effect: float) -> dict[str, Any]:
+    base = rng.normal(size=(N_TEST, 2))
+    scores = rng.normal(size=(N_TEST, N_TEST)) * 0.1
+    scores[np.diag_indices(N_TEST)] += effect * 0.1
+    own = np.diag(scores)
+    ranks = {
+        "brain_to_dna": (scores < own[:, None]).sum(1) / (N_TEST - 1),
+        "dna_to_brain": (scores < own[None, :]).sum(0) / (N_TEST - 1),
+    }
+    path = workspace / "align" / "brainjepa-evo2" / "similarity.npz"
+    path.parent.mkdir(parents=True)
+    noise = 0.4 if effect else 1.4
+    np.savez(
+        path,
+        pairs=own,
+        non_pairs=scores[~np.eye(N_TEST, dtype=bool)][:5000],
+        brain_2d=base,
+        dna_2d=base * (effect > 0) + noise * rng.normal(size=(N_TEST, 2)),
+        ranks_brain_to_dna=ranks["brain_to_dna"],
+        ranks_dna_to_brain=ranks["dna_to_brain"],
+    )
+    return ranks
+
+
+def _write_metrics(workspace: Path, rng: np.random.Generator, effect: float) -> None:
+    log_n = float(np.log(256))
+    pretraining, alignment = [], []
+    for step in range(0, 401, 5):
+        decay = float(np.exp(-step / 90))
+        noise = float(rng.normal())
+        row = {"step": step, "loss": 0.1 + 0.35 * decay + 0.008 * noise, "lr": 1e-3}
+        if step % 50 == 0:
+            row["validation_loss"] = 0.11 + 0.34 * decay
+        pretraining.append(row)
+        gain = effect * (1 - decay)
+        row = {"step": step, "loss": log_n - gain + 0.03 * noise}
+        row["logit_scale"] = 14.0 + step / 100
+        if step % 40 == 0:
+            row["validation_loss"] = log_n - 0.5 * gain + max(0, step - 240) * 8e-4
+            row["validation_auc"] = 0.5 + 0.22 * gain - max(0, step - 240) * 8e-5
+        alignment.append(row)
+    for folder, rows in (("pretrain/brainjepa", pretraining), ("align/brainjepa-evo2", alignment)):
+        (workspace / folder).mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (workspace / folder / "metrics.jsonl").write_text(text, encoding="utf-8")

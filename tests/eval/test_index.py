@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+
+from brainfusion.eval import index as module
+from brainfusion.eval.index import RetrievalIndex
+from brainfusion.runtime.errors import UserError
+
+
+def gallery(n: int, dim: int = 16, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    vectors = np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), [f"{i:04d}" for i in range(n)]
+
+
+def test_exact_answers_are_those_of_a_full_sort() -> None:
+    vectors, ids = gallery(200)
+    index = RetrievalIndex.build(vectors, ids)
+    queries = gallery(5, seed=1)[0]
+    rows = index.query(queries, k=7)
+    scores = queries @ vectors.T
+    assert index.kind == "exact"
+    assert [row.id for row in rows] == [ids[j] for s in scores for j in np.argsort(-s)[:7]]
+    assert [(row.query, row.rank) for row in rows] == [
+        (q, r) for q in range(5) for r in range(1, 8)
+    ]
+    np.testing.assert_allclose([row.score for row in rows[:7]], -np.sort(-scores[0])[:7], atol=1e-6)
+
+
+def test_more_neighbours_than_entries_gives_them_all() -> None:
+    vectors, ids = gallery(4)
+    rows = RetrievalIndex.build(vectors, ids).query(vectors[2], k=10)
+    assert [row.rank for row in rows] == [1, 2, 3, 4]
+    assert rows[0].id == "0002"
+
+
+def test_equal_scores_come_in_the_order_of_entry() -> None:
+    rows = RetrievalIndex.build(np.ones((5, 3)), list("edcba")).query(np.ones(3), k=5)
+    assert [row.id for row in rows] == list("edcba")
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+def test_a_saved_index_answers_the_same(tmp_path, kind) -> None:
+    vectors, ids = gallery(300)
+    built = RetrievalIndex.build(vectors, ids, kind=kind)
+    built.save(tmp_path / "index")
+    loaded = RetrievalIndex.load(tmp_path / "index")
+    assert loaded.query(vectors[:9], k=5) == built.query(vectors[:9], k=5)
+    assert (loaded.kind, loaded.recall_at_10, len(loaded)) == (kind, built.recall_at_10, 300)
+    assert loaded.ids == tuple(ids)
+    assert sorted(p.name for p in (tmp_path / "index").iterdir()) == [
+        "ids.parquet",
+        "index.faiss",
+        "meta.json",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+def test_added_entries_are_found_and_repeated_ids_refused(kind) -> None:
+    vectors, ids = gallery(60)
+    index = RetrievalIndex.build(vectors[:40], ids[:40], kind=kind)
+    index.add(vectors[40:], ids[40:])
+    assert index.query(vectors[55], k=1)[0].id == "0055"
+    with pytest.raises(UserError, match="2 ids are in the index already"):
+        index.add(vectors[:3], ["new", "0000", "0001"])
+    assert len(index) == 60
+
+
+def test_auto_becomes_approximate_beyond_its_limit_and_says_what_that_loses(
+    monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(module, "EXACT_UP_TO", 500)
+    vectors, ids = gallery(600)
+    index = RetrievalIndex.build(vectors, ids)
+    assert index.kind == "hnsw"
+    assert 0.95 < index.recall_at_10 <= 1
+    assert f"{index.recall_at_10:.1%} of the exact 10 nearest" in capsys.readouterr().err
+
+
+def test_quantised_index_reports_its_measured_recall(tmp_path, capsys) -> None:
+    vectors, ids = gallery(10_000, dim=8)
+    built = RetrievalIndex.build(vectors, ids, kind="ivfpq")
+    assert built.recall_at_10 > 0.6
+    exact = RetrievalIndex.build(vectors, ids, kind="exact")
+    queries = gallery(50, dim=8, seed=2)[0]
+    same = {(r.query, r.id) for r in exact.query(queries)} & {
+        (r.query, r.id) for r in built.query(queries)
+    }
+    assert len(same) / 500 == pytest.approx(built.recall_at_10, abs=0.1)
+    built.save(tmp_path / "index")
+    loaded = RetrievalIndex.load(tmp_path / "index")
+    assert loaded.query(queries) == built.query(queries)
+    loaded.add(gallery(1, dim=8, seed=9)[0], ["new"])
+    assert loaded.query(gallery(1, dim=8, seed=9)[0], k=1)[0].id == "new"
+    assert "ivfpq over 10,001 vectors" in capsys.readouterr().err
+
+
+def test_wrong_input_is_one_clear_line(tmp_path) -> None:
+    vectors, ids = gallery(5)
+    index = RetrievalIndex.build(vectors, ids)
+    with pytest.raises(UserError, match="8 wide but the index has 16"):
+        index.query(np.zeros((2, 8)))
+    with pytest.raises(UserError, match="k=0"):
+        index.query(vectors, k=0)
+    with pytest.raises(UserError, match="1 ids repeat"):
+        RetrievalIndex.build(vectors, ["a", "a", "b", "c", "d"])
+    with pytest.raises(UserError, match="4 ids for 5 vectors"):
+        RetrievalIndex.build(vectors, ids[:4])
+    with pytest.raises(UserError, match="Did you mean 'hnsw'"):
+        RetrievalIndex.build(vectors, ids, kind="hnws")
+    with pytest.raises(UserError, match="10,000 vectors or more"):
+        RetrievalIndex.build(vectors, ids, kind="ivfpq")
+    with pytest.raises(UserError, match="NaN"):
+        RetrievalIndex.build(vectors * np.nan, ids)
+    with pytest.raises(UserError, match="no retrieval index"):
+        RetrievalIndex.load(tmp_path / "nowhere")
+
+
+def test_a_damaged_index_is_refused(tmp_path) -> None:
+    vectors, ids = gallery(30)
+    RetrievalIndex.build(vectors, ids).save(tmp_path / "index")
+    file = tmp_path / "index" / "index.faiss"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match="damaged"):
+        RetrievalIndex.load(tmp_path / "index")

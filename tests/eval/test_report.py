@@ -1,0 +1,290 @@
+"""The page: complete, self-contained, small, accessible, and without subject ids."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainfusion.eval import figures
+from brainfusion.eval.report import page, write_report
+from brainfusion.eval.report_tables import flat, seconds_text, table
+from brainfusion.runtime.errors import UserError
+from tests.eval.example_results import IDS, save, write_example
+
+VOID = {"meta", "br", "link", "img", "hr"}
+
+
+class Checker(HTMLParser):
+    """Collects ids and references, and holds that tags are nested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.svgs: list[dict] = []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in values:
+            self.ids.append(values["id"])
+        for key in ("href", "src"):
+            if key in values:
+                self.references.append(values[key])
+        if tag == "svg":
+            self.svgs.append(values)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def check(text: str) -> Checker:
+    checker = Checker()
+    checker.feed(text)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, dict, str]:
+    workspace = tmp_path_factory.mktemp("run")
+    results = write_example(workspace)
+    text = write_report(workspace).read_text(encoding="utf-8")
+    return workspace, results, text
+
+
+def test_page_is_well_formed_with_unique_ids_and_only_inner_references(run):
+    checker = check(run[2])
+    assert len(checker.ids) == len(set(checker.ids))
+    targets = {f"#{name}" for name in checker.ids}
+    for reference in checker.references:
+        assert reference in targets or reference.startswith("data:image/png;base64,")
+
+
+def test_page_needs_no_network_and_is_small(run):
+    text = run[2]
+    assert not re.search(r"https?://|@import|<script|<link|<iframe|url\((?!#)", text)
+    assert len(text.encode()) < 1_000_000
+
+
+def test_no_subject_id_is_on_the_page(run):
+    workspace, _, text = run
+    assert (workspace / "features" / "brainjepa.parquet").exists()
+    assert not [subject for subject in IDS if subject in text]
+
+
+def test_an_id_list_in_a_configuration_is_counted_not_printed(run):
+    workspace, results, _ = run
+    leaky = {**results, "config": {"people": IDS[:50]}}
+    text = page(leaky, workspace)
+    assert "[50 values]" in text
+    assert IDS[0] not in text
+
+
+def test_every_figure_has_an_alternative_text(run):
+    svgs = check(run[2]).svgs
+    assert len(svgs) >= 11
+    for svg in svgs:
+        assert svg["role"] == "img"
+        assert len(svg["aria-label"]) > 20
+
+
+def test_simulated_data_are_labelled_before_the_title_and_imported_are_not(run):
+    workspace, results, text = run
+    assert text.index(">simulated data<") < text.index("<h1>")
+    imported = copy.deepcopy(results)
+    imported["cohort"]["origin"] = "imported"
+    assert "simulated data" not in page(imported, workspace)
+
+
+def test_headline_numbers_and_intervals_are_those_of_the_results(run):
+    _, results, text = run
+    for name in ("brain_to_dna", "dna_to_brain"):
+        row = results["retrieval"][name]
+        assert f">{row['auc']:.2f} <" in text
+        assert f"{row['ci_low']:.2f} to {row['ci_high']:.2f}" in text
+    for row in results["probes"]:
+        value = f"{row['value']:.2f} [{row['ci_low']:.2f},&nbsp;{row['ci_high']:.2f}]"
+        assert value in text
+
+
+def test_changed_results_change_the_page(run):
+    workspace, results, text = run
+    other = copy.deepcopy(results)
+    other["retrieval"]["brain_to_dna"]["auc"] = 0.777
+    other["cohort"]["sites"]["site-1"] = 98765
+    changed = page(other, workspace)
+    assert ">0.78 <" in changed
+    assert ">0.78 <" not in text
+    assert "98,765" in changed
+
+
+def test_recall_ceiling_comes_from_the_truth_of_the_same_gallery_only(run):
+    workspace, results, text = run
+    assert "90.0%" in text
+    other = copy.deepcopy(results)
+    other["truth"]["oracle_g_z"]["n_gallery"] = 17
+    assert "90.0%" not in page(other, workspace).split("provenance")[0]
+
+
+def test_failed_control_turns_the_page_red(run):
+    workspace, results, text = run
+    assert 'class="verdict found"' in text
+    failed = copy.deepcopy(results)
+    failed["retrieval"]["shuffled_control"]["auc"] = 0.7
+    changed = page(failed, workspace)
+    assert 'class="verdict failed"' in changed
+    assert "outside the limit" in changed
+
+
+def test_missing_parts_name_the_command_that_makes_them(tmp_path: Path):
+    save(tmp_path, {"format": 1, "cohort": {"name": "mine", "origin": "imported"}})
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    check(text)
+    for command in ("pretrain", "align", "retrieve", "probe"):
+        assert f"<code>brainfusion {command}</code>" in text
+
+
+@pytest.mark.parametrize(
+    "gone", [{"cohort", "alignment", "probes"}, {"config", "pretraining", "figures"}, {"retrieval"}]
+)
+def test_any_part_may_be_missing(run, gone: set[str]):
+    workspace, results, _ = run
+    check(page({k: v for k, v in results.items() if k not in gone}, workspace))
+
+
+@pytest.mark.parametrize("gone", [{"baselines", "dna_to_brain"}, {"strata", "shuffled_control"}])
+def test_any_part_of_retrieval_may_be_missing(run, gone: set[str]):
+    workspace, results, _ = run
+    left = {k: v for k, v in results["retrieval"].items() if k not in gone}
+    check(page({"format": 1, "figures": results["figures"], "retrieval": left}, workspace))
+
+
+def test_missing_side_files_leave_the_rest(tmp_path: Path, run):
+    save(tmp_path, run[1])
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "its metrics are not in the workspace" in text
+    assert "No map of the shared space" in text
+    check(text)
+
+
+def test_results_that_cannot_be_read_are_one_line(tmp_path: Path):
+    with pytest.raises(UserError, match=r"results\.json does not exist"):
+        write_report(tmp_path)
+    save(tmp_path, {"format": 9})
+    with pytest.raises(UserError, match="has format 9, expected 1"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="is not JSON"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_page_goes_where_it_is_asked(run, tmp_path: Path):
+    target = tmp_path / "deep" / "page.html"
+    assert write_report(run[0], target) == target
+    assert target.read_text(encoding="utf-8") == run[2]
+
+
+def test_names_are_escaped_and_never_read_as_formulas(run):
+    workspace, results, _ = run
+    hostile = copy.deepcopy(results)
+    hostile["cohort"]["name"] = "<script>alert(1)</script>"
+    hostile["cohort"]["sites"] = {"a & <b>": 3}
+    hostile["retrieval"]["baselines"][0]["name"] = "cost $x_1$ & <i>"
+    hostile["probes"][0]["target"] = "IQ \u77e5\u80fd $\\bad$"
+    text = page(hostile, workspace)
+    check(text)
+    assert "<script" not in text
+    assert "a &amp; &lt;b&gt;" in text
+    assert "cost $x_1$ &amp; &lt;i&gt;" in text
+    assert "\u77e5\u80fd" in text
+
+
+def test_large_clouds_stay_small_and_keep_their_extremes():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(20_000, 2))
+    svg = figures.shared_space(points, points)
+    assert len(svg) < 400_000
+    long = [{"step": i, "loss": 1.0 / (i + 1)} for i in range(50_000)]
+    assert len(figures.losses(long, name="x", label="A very long curve.")) < 60_000
+
+
+def test_area_under_the_rank_curve_is_the_auc():
+    outranked = np.random.default_rng(0).beta(3, 1, size=400)
+    svg = figures.rank_curves({"brain_to_dna": outranked})
+    line = re.findall(r'<path d="([^"]+)" clip-path="[^"]+" style="[^"]*stroke: #0072b2', svg)
+    points = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", line[-1]), dtype=float)
+    x = (points[:, 0] - points[0, 0]) / (points[-1, 0] - points[0, 0])
+    # The curve ends at 100%; the axis starts at 0%, where nobody's partner is first among 400.
+    y = (points[:, 1].max() - points[:, 1]) / np.ptp(points[:, 1])
+    area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum()
+    assert area == pytest.approx(outranked.mean(), abs=0.01)
+
+
+def test_wilson_interval_against_its_closed_form_at_one_half():
+    low, high = figures.wilson(np.array([0.5]), 100)
+    half = 1.96 * np.sqrt(0.25 / 100 + 1.96**2 / 40_000) / (1 + 1.96**2 / 100)
+    np.testing.assert_allclose([low[0], high[0]], [0.5 - half, 0.5 + half], rtol=1e-12)
+    assert figures.wilson(np.array([0.0]), 50)[1][0] > 0.05
+
+
+def test_gauge_puts_chance_between_its_ends_and_clips_what_is_outside():
+    svg = figures.gauge({"auc": 0.2, "ci_low": 0.1, "ci_high": 1.2}, label="An AUC far below.")
+    assert 'cx="6.0"' in svg
+    assert 'x2="234.0"' in svg
+
+
+def test_tables_leave_out_empty_columns():
+    text = table(["a", "b", "c"], [["1", "", "3"], ["4", "", "6"]])
+    assert "<th>b</th>" not in text
+    assert text.count("<td>") == 4
+
+
+def test_nested_values_are_flattened_in_order():
+    values = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": None}], "f": True, "g": list(range(99))}
+    assert list(flat(values)) == [
+        ("a.b", "1"),
+        ("a.c", "1, 2"),
+        ("d.0.e", "none"),
+        ("f", "yes"),
+        ("g", "[99 values]"),
+    ]
+
+
+def test_times_read_as_times():
+    assert [seconds_text(s) for s in (0.44, 12.3, 185.0, 3600.0)] == [
+        "0.4 s",
+        "12 s",
+        "3 min 05 s",
+        "60 min 00 s",
+    ]
+
+
+def test_report_is_made_without_torch_pyplot_and_warnings(run):
+    code = (
+        "import sys, json; from pathlib import Path; from brainfusion.eval.report import "
+        f"write_report; write_report(Path({str(run[0])!r}), Path({str(run[0] / 'again.html')!r}));"
+        "print(json.dumps([m for m in ('torch', 'matplotlib.pyplot', 'pandas') if m in "
+        "sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == []
+    assert (run[0] / "again.html").read_text(encoding="utf-8") == run[2]
