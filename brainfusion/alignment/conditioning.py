@@ -51,7 +51,7 @@ class Conditioner:
         *,
         n_components: int = 0,
         whiten: bool = True,
-        shrinkage: float = 0.1,
+        shrinkage: float = 0.3,
         covariates: np.ndarray | None = None,
         covariate_names: Sequence[str] = (),
     ) -> Self:

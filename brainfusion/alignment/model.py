@@ -18,6 +18,7 @@ from torch import Tensor
 
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.projector import Projector
+from brainfusion.runtime.checkpoint import load_weights, save_weights
 from brainfusion.runtime.errors import CheckpointError, UserError, nearest
 from brainfusion.runtime.files import atomic_folder, read_json, write_json
 
@@ -144,8 +145,7 @@ class Alignment:
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors, conditioners.safetensors and state.json; whole or not at all."""
-        from safetensors.numpy import save_file as save_arrays
-        from safetensors.torch import save_file
+        from safetensors.numpy import save_file
 
         described = {name: c.to_dict() for name, c in self.conditioners.items()}
         arrays = {
@@ -153,7 +153,6 @@ class Alignment:
             for name, values in described.items()
             for key, array in values.pop("arrays").items()
         }
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         state = {
             "format": FORMAT,
             "kind": "alignment",
@@ -162,8 +161,8 @@ class Alignment:
             **self.info,
         }
         with atomic_folder(folder) as aside:
-            save_file(weights, aside / "model.safetensors")
-            save_arrays(arrays, aside / "conditioners.safetensors")
+            save_weights(aside / "model.safetensors", self.model.state_dict())
+            save_file(arrays, aside / "conditioners.safetensors")
             write_json(aside / "state.json", state)
 
     @classmethod
@@ -174,19 +173,19 @@ class Alignment:
             CheckpointError: Nothing there, something else, or a file that is cut off.
         """
         state = _read_state(folder)
-        arrays = _read_safetensors(folder / "conditioners.safetensors")
+        arrays = _read_arrays(folder / "conditioners.safetensors")
         conditioners = {}
         try:
             for name, values in state.pop("conditioners").items():
                 own = {
-                    key.removeprefix(f"{name}."): array.numpy()
+                    key.removeprefix(f"{name}."): array
                     for key, array in arrays.items()
                     if key.startswith(f"{name}.")
                 }
                 conditioners[name] = Conditioner.from_dict({**values, "arrays": own})
             settings = state.pop("model")
             model = AlignmentModel(settings.pop("dims_in"), **settings)
-            model.load_state_dict(_read_safetensors(folder / "model.safetensors"))
+            model.load_state_dict(load_weights(folder))
         except (KeyError, TypeError, RuntimeError) as error:
             text = " ".join(str(error).split())
             raise CheckpointError(
@@ -230,13 +229,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.numpy import load_file
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(
             f"{path} is missing or cut off ({error}): restore it, or align again."
         ) from error

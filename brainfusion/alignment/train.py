@@ -38,7 +38,7 @@ class AlignConfig:
     """Principal components of each modality, at most half the training people; 0 for none."""
     whiten: bool = True
     """Scale the components to about unit variance."""
-    shrinkage: float = 0.1
+    shrinkage: float = 0.3
     """How much components of small variance are held back in whitening; 0 is none."""
     residualise: tuple[str, ...] = ()
     """Columns of the subjects table to regress out of both modalities (age, sex, site, ...)."""

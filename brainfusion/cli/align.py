@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from brainfusion.alignment.model import load
+from brainfusion.alignment.conditioning import design_matrix
 from brainfusion.alignment.train import AlignConfig, train
 from brainfusion.cli.options import parse
 from brainfusion.cli.pairs import Pairs, load_pairs
@@ -83,12 +83,14 @@ def shuffled(pairs: Pairs, seed: int) -> Pairs:
 
 def _run(options: AlignOptions, pairs: Pairs, run_dir: Path, ranks: Ranks) -> None:
     """Train one alignment and write the embeddings of all pairs."""
-    train(
+    covariates, names = design_matrix(pairs.people, options.train.residualise)
+    result = train(
         {"brain": pairs.brain, "dna": pairs.dna},
         pairs.labels,
         config=options.train,
         run_dir=run_dir,
-        people=pairs.people,
+        covariates=covariates if names else None,
+        covariate_names=names,
         meta={
             "brain": options.brain,
             "dna": options.dna,
@@ -99,12 +101,11 @@ def _run(options: AlignOptions, pairs: Pairs, run_dir: Path, ranks: Ranks) -> No
     )
     if not ranks.is_main:
         return
-    model = load(run_dir)
     for name, vectors in (("brain", pairs.brain), ("dna", pairs.dna)):
         write_features(
             run_dir / "embeddings" / f"{name}.parquet",
             pairs.subjects,
-            model.embed(name, vectors, people=pairs.people),
+            result.alignment.embed(name, vectors, covariates if names else None),
             provenance={"kind": "embeddings", "tower": name, **pairs.provenance},
             extra={"split": pairs.labels},
         )

@@ -24,8 +24,8 @@ class EmbedOptions:
     checkpoint: Path | None = None
     """A pretraining run or one of its checkpoints; <workspace>/pretrain/<model> by default."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
-    pooling: str = "parcels"
-    """mean: over all tokens; parcels: over time, a vector a parcel, concatenated; cls: BrainLM's."""
+    pooling: str = "parcel-std"
+    """parcel-std, parcel-mean: over time, a vector a parcel, joined; mean: over all tokens; cls."""
     out: Path | None = None
     """The feature file; <workspace>/features/<model>.parquet by default."""
     batch_size: int = 16

@@ -28,6 +28,8 @@ class Pairs:
     provenance: dict[str, Any]
     flow: list[dict[str, Any]]
     """Who was dropped, and why: counts only."""
+    rows: list[list[int]]
+    """The recordings of each pair's person, as rows of the index."""
 
     @property
     def subjects(self) -> list[str]:
@@ -105,4 +107,29 @@ def load_pairs(workspace: Workspace, cohort: Cohort, *, brain: str, dna: str) ->
             "cohort_hash": cohort.hash,
         },
         flow=flow,
+        rows=_rows(cohort, subjects),
     )
+
+
+def connectomes(cohort: Cohort, pairs: Pairs) -> np.ndarray:
+    """Fisher-z Pearson FC of each pair's person, the mean over their recordings.
+
+    Pairs of parcels that a person lacks get the mean of the training people.
+    """
+    from brainfusion.eval.baselines import connectome, fill_missing
+
+    flat = [row for rows in pairs.rows for row in rows]
+    owner = np.repeat(np.arange(len(pairs.rows)), [len(rows) for rows in pairs.rows])
+    single = connectome(cohort.recordings, flat)
+    if len(flat) == len(pairs.rows):
+        mean = single
+    else:
+        mean = np.stack([np.nanmean(single[owner == i], axis=0) for i in range(len(pairs.rows))])
+    return fill_missing(mean, np.array(pairs.labels) == "train")
+
+
+def _rows(cohort: Cohort, subjects: list[str]) -> list[list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, subject in enumerate(cohort.recordings.index["subject"]):
+        rows.setdefault(subject, []).append(row)
+    return [rows.get(subject, []) for subject in subjects]

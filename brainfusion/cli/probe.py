@@ -7,8 +7,8 @@ import polars as pl
 import tyro
 
 from brainfusion.cli.options import parse
-from brainfusion.cli.pairs import load_pairs
-from brainfusion.cli.retrieve import _first_recordings, ensure_alignment
+from brainfusion.cli.pairs import connectomes, load_pairs
+from brainfusion.cli.retrieve import ensure_alignment
 from brainfusion.cli.workspace import Place, Workspace
 from brainfusion.data.features import read_features
 from brainfusion.runtime.errors import UserError, nearest
@@ -59,14 +59,12 @@ def main(argv: list[str]) -> int:
 
 
 def _probe(options: ProbeOptions, workspace: Workspace, run_dir, targets) -> pl.DataFrame:
-    from brainfusion.eval.baselines import connectome
     from brainfusion.eval.probes import probe
 
     cohort = workspace.open_cohort()
     pairs = load_pairs(workspace, cohort, brain=options.brain, dna=options.dna)
     held_out = np.array([label != "train" for label in pairs.labels])
     subjects = [s for s, kept in zip(pairs.subjects, held_out, strict=True) if kept]
-    rows = [r for r, kept in zip(_first_recordings(cohort, pairs), held_out, strict=True) if kept]
     towers = {
         name: read_features(run_dir / "embeddings" / f"{name}.parquet") for name in ("brain", "dna")
     }
@@ -78,7 +76,7 @@ def _probe(options: ProbeOptions, workspace: Workspace, run_dir, targets) -> pl.
         return probe(
             {
                 f"{options.brain} features": pairs.brain[held_out],
-                "connectome": connectome(cohort.recordings, rows),
+                "connectome": connectomes(cohort, pairs)[held_out],
                 f"{options.dna} vectors": pairs.dna[held_out],
                 "brain embedding": towers["brain"].select(subjects),
                 "DNA embedding": towers["dna"].select(subjects),

@@ -10,7 +10,7 @@ import polars as pl
 import tyro
 
 from brainfusion.cli.options import parse
-from brainfusion.cli.pairs import Pairs, families_of, load_pairs
+from brainfusion.cli.pairs import connectomes, families_of, load_pairs
 from brainfusion.cli.workspace import Place, Workspace
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import Features, read_features
@@ -19,6 +19,8 @@ from brainfusion.runtime.files import write_json
 from brainfusion.runtime.logs import say
 from brainfusion.runtime.threads import one_thread
 
+COVARIATES = ("age", "sex", "site", "motion")
+STRATA = ("site", "group", "sex")
 DIRECTIONS = {"query_to_gallery": "brain_to_dna", "gallery_to_query": "dna_to_brain"}
 
 
@@ -83,7 +85,8 @@ def score(
     workspace: Workspace, cohort: Cohort, run_dir: Path, options: RetrieveOptions
 ) -> dict[str, Any]:
     """Metrics in both directions with intervals and p-values, the control, baselines, strata."""
-    from brainfusion.eval.baselines import baseline_rows, connectome
+    from brainfusion.eval.baselines import baseline_rows
+    from brainfusion.eval.design import design_matrix
     from brainfusion.eval.retrieval import retrieval_metrics, stratified_auc
 
     brain, dna, people = _test_embeddings(run_dir, cohort)
@@ -102,26 +105,22 @@ def score(
         control = retrieval_metrics(control_brain, control_dna, blocks=blocks, **inference)
         scores["shuffled_control"] = _control(control)
     pairs = load_pairs(workspace, cohort, brain=options.brain, dna=options.dna)
-    rows = _first_recordings(cohort, pairs)
+    covariates = [c for c in COVARIATES if c in people.columns]
+    covariates += [c for c in people.columns if c.startswith("ancestry_")]
     scores["baselines"] = baseline_rows(
         brain=pairs.brain,
-        connectome=connectome(cohort.recordings, rows),
+        connectomes=connectomes(cohort, pairs),
         dna=pairs.dna,
         labels=pairs.labels,
-        people=pairs.people,
+        covariates=design_matrix(pairs.people, covariates) if covariates else None,
         families=pairs.families,
+        blocks=pairs.people["site"].to_list() if blocks else None,
         n_permutations=options.permutations,
         n_bootstrap=options.bootstrap,
         seed=options.seed,
     )
-    scores["strata"] = [
-        {
-            "name": f"within {column}",
-            **stratified_auc(brain, dna, people[column].to_list(), **inference),
-        }
-        for column in ("site", "group", "sex")
-        if column in people.columns
-    ]
+    strata = {f"same {name}": people[name].to_list() for name in STRATA if name in people.columns}
+    scores["strata"] = stratified_auc(brain, dna, strata, blocks=blocks, **inference)
     _write_figures(run_dir / "similarity.npz", brain, dna, seed=options.seed)
     return scores
 
@@ -139,14 +138,6 @@ def _read(run_dir: Path, tower: str) -> Features:
     return read_features(run_dir / "embeddings" / f"{tower}.parquet")
 
 
-def _first_recordings(cohort: Cohort, pairs: Pairs) -> list[list[int]]:
-    """The recordings of each pair's person."""
-    rows: dict[str, list[int]] = {}
-    for row, subject in enumerate(cohort.recordings.index["subject"]):
-        rows.setdefault(subject, []).append(row)
-    return [rows[subject] for subject in pairs.subjects]
-
-
 def _attainable(cohort: Cohort) -> dict[str, float | None]:
     """The oracle's AUC on the test people, known for simulated cohorts only."""
     truth = cohort.truth() or {}
@@ -160,7 +151,7 @@ def _control(found: dict[str, Any]) -> dict[str, Any]:
     """The control's two directions as one row: their mean AUC and its null spread."""
     both = [found[key] for key in DIRECTIONS]
     auc = float(np.mean([row["auc"] for row in both]))
-    error = float(np.max([row["null_standard_error"] for row in both]))
+    error = float(np.max([row["standard_error"] for row in both]))
     return {
         "auc": auc,
         "standard_error": error,
@@ -213,7 +204,7 @@ def _answer(options: RetrieveOptions, run_dir: Path) -> int:
     ]
     index = RetrievalIndex.build(gallery.vectors[keep], [gallery.subjects[i] for i in keep])
     vector = asking.vectors[asking.subjects.index(options.query)]
-    rows = index.query(vector[None], options.top)[0]
+    rows = [row._asdict() for row in index.query(vector, options.top)]
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -228,14 +219,15 @@ def _answer(options: RetrieveOptions, run_dir: Path) -> int:
 
 
 def _table(scores: dict[str, Any]) -> str:
-    rows = [
-        ("brain to DNA", scores["brain_to_dna"]),
-        ("DNA to brain", scores["dna_to_brain"]),
-        *((row["name"], row) for row in scores["baselines"]),
-        *((row["name"], row) for row in scores["strata"]),
+    rows = [("brain to DNA", scores["brain_to_dna"]), ("DNA to brain", scores["dna_to_brain"])]
+    rows += [(row["name"], row) for row in scores["baselines"]]
+    rows += [
+        (f"{row['name']}, {DIRECTIONS[row['direction']].replace('_', ' ')}", row)
+        for row in scores["strata"]
+        if row["auc"] is not None
     ]
     if "shuffled_control" in scores:
-        rows.append(("shuffled pairs (control)", scores["shuffled_control"]))
+        rows.append(("shuffled pairs (control), mean of both", scores["shuffled_control"]))
     lines = [f"{'':<42} {'AUC':>6} {'95% interval':>16} {'p':>7} {'chance':>7} {'gallery':>8}"]
     for name, row in rows:
         interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if "ci_low" in row else ""

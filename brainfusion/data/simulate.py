@@ -60,7 +60,7 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(
-            f"{path} exists: expected a new folder. Give another one, or overwrite it (--overwrite)."
+            f"{path} exists: expected a new folder. Give another one, or pass --overwrite."
         )
     facts = path / "cohort.json"
     values = read_json(facts) if facts.is_file() else None

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from brainfusion.data.windows import window_starts
 from brainfusion.encoders.layers import Block, sincos_table
+from brainfusion.encoders.pooling import check_pooling, pool
 from brainfusion.runtime.errors import UserError, nearest
 
 LAYER_NORM_EPS = 1e-6
@@ -387,21 +388,17 @@ class BrainJEPA(nn.Module):
         Args:
             bold: Standardised BOLD of at least a window; longer recordings are cut into windows
                 that do not overlap (the last is flush with the end) whose features are averaged.
-            pooling: 'mean' over all tokens (f = d), or 'parcels': the mean over the time patches
-                of each parcel, joined (f = p d, parcel-major).
+            pooling: "mean" over all tokens (f = d), or "parcel-mean" and "parcel-std": over the
+                time patches of each parcel, joined (f = p d, parcel-major).
             part: Which encoder; downstream tasks use the target encoder.
         """
-        if pooling == "cls":
-            raise UserError("pooling='cls': Brain-JEPA has no CLS token; use 'mean' or 'parcels'.")
-        if pooling not in ("mean", "parcels"):
-            hint = nearest(pooling, ("mean", "parcels"))
-            raise UserError(f"pooling='{pooling}' is not known. {hint}")
+        check_pooling(pooling, ("mean", "parcel-mean", "parcel-std"))
         if part not in ("target", "context"):
             hint = nearest(part, ("target", "context"))
             raise UserError(f"part='{part}' is not known. {hint}")
         windows = self._windows(bold)
         encoder = self.target_encoder if part == "target" else self.encoder
-        features = [self._pool(encoder(window), pooling) for window in windows]
+        features = [pool(encoder(window), pooling, n_parcels=self.n_parcels) for window in windows]
         return torch.stack(features).mean(0)
 
     def _windows(self, bold: Tensor) -> list[Tensor]:
@@ -426,11 +423,6 @@ class BrainJEPA(nn.Module):
                 f"with a smaller n_trs{advice}."
             )
         return [bold[:, :, begin : begin + size] for begin in window_starts(n_trs, size).tolist()]
-
-    def _pool(self, features: Float[Tensor, "b n d"], pooling: str) -> Float[Tensor, "b f"]:
-        if pooling == "mean":
-            return features.mean(1)
-        return features.unflatten(1, (self.n_parcels, self.config.n_patches)).mean(2).flatten(1)
 
 
 def _blocks(width: int, depth: int, n_heads: int) -> nn.ModuleList:

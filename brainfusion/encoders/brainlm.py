@@ -27,17 +27,15 @@ from torch.nn import functional as F
 from brainfusion.encoders.brainlm_layers import ConvAttention, Layer
 from brainfusion.encoders.mae import (
     MaskedOutput,
-    Pooling,
     check_mask_ratio,
-    check_pooling,
     fill_hidden,
     masked_loss,
     mean_over_windows,
     no_dropout,
-    pool,
     random_masking,
     take,
 )
+from brainfusion.encoders.pooling import Pooling, check_pooling, pool
 from brainfusion.runtime.errors import UserError
 
 MAX_PATCHES = 5000
@@ -69,6 +67,9 @@ class BrainLMConfig:
     """All published checkpoints run full attention, whatever their papers and configs suggest."""
     n_landmarks: int = 64
     """Landmarks of Nystrom attention; without effect in full attention."""
+    xyz_unit_mm: float = 1.0
+    """Centroids are divided by this. 1 is upstream's raw millimetres, which drown the signal until
+    long training has weighed them down; fresh small models learn sooner with about 50."""
     conv_kernel_size: int | None = 65
     """Taps of the depthwise convolution along the tokens (odd); None leaves it out."""
     convolution: Literal["blocks", "grouped"] = "blocks"
@@ -110,6 +111,8 @@ class BrainLMConfig:
                     f"({heads}): use width={2 * heads * max(1, self.width // (2 * heads))}."
                 )
         check_mask_ratio(self.mask_ratio)
+        if self.xyz_unit_mm <= 0:
+            raise UserError(f"xyz_unit_mm={self.xyz_unit_mm}: expected a length above 0 mm.")
         if self.conv_kernel_size is not None and self.conv_kernel_size % 2 == 0:
             raise UserError(
                 f"conv_kernel_size={self.conv_kernel_size} is even, which would shift the tokens "
@@ -126,6 +129,7 @@ PRESETS: dict[str, BrainLMConfig] = {
     "tiny": BrainLMConfig(
         n_trs=160,
         patch_trs=16,
+        xyz_unit_mm=50.0,
         width=64,
         depth=2,
         dim_hidden=128,
@@ -235,8 +239,8 @@ class BrainLM(nn.Module):
                 windows that cover it, the last one flush with its end, are averaged. Shorter: the
                 tail is filled with each parcel's mean.
             xyz: Parcel centroids in raw MNI millimetres.
-            pooling: "mean" over all tokens but CLS, "cls", or "parcels": the mean over time of each
-                parcel's tokens, concatenated to [b, p * d].
+            pooling: "mean" over all tokens but CLS, "cls", or "parcel-mean" and "parcel-std":
+                over the time patches of each parcel, joined to [b, p * d].
 
         Raises:
             UserError: Wrong shapes, NaN, no centroids, too few TRs, or an unknown pooling.
@@ -250,7 +254,8 @@ class BrainLM(nn.Module):
         xyz = self._check_xyz(xyz, len(bold))
 
         def features(window: Tensor) -> Tensor:
-            return pool(self._hidden(window, xyz, None, alone=True), pooling, self.n_parcels)
+            hidden = self._hidden(window, xyz, None, alone=True)
+            return pool(hidden[:, 1:], pooling, n_parcels=self.n_parcels, cls=hidden[:, 0])
 
         with no_dropout(self):
             return mean_over_windows(
@@ -288,7 +293,7 @@ class BrainLM(nn.Module):
                 f"or [{batch_size}, {self.n_parcels}, 3]: give one MNI centroid in mm for each "
                 "parcel."
             )
-        return xyz
+        return xyz / self.config.xyz_unit_mm
 
     def _initialise(self) -> None:
         std = self.config.init_std

@@ -25,17 +25,15 @@ from torch.nn import functional as F
 from brainfusion.encoders.layers import Block, sincos_table
 from brainfusion.encoders.mae import (
     MaskedOutput,
-    Pooling,
     check_mask_ratio,
-    check_pooling,
     fill_hidden,
     masked_loss,
     mean_over_windows,
     no_dropout,
-    pool,
     random_masking,
     take,
 )
+from brainfusion.encoders.pooling import Pooling, check_pooling, pool
 from brainfusion.runtime.errors import UserError
 
 PAD_VALUE = -1.0
@@ -228,18 +226,13 @@ class BrainLMImage(nn.Module):
         Raises:
             UserError: Wrong shapes, NaN, too few TRs, or a pooling that this family has not.
         """
-        check_pooling(pooling)
-        if pooling == "parcels":
-            raise UserError(
-                "pooling 'parcels' needs tokens of single parcels, and a patch of the image-shaped "
-                f"BrainLM covers {self.config.patch_size}: use 'mean' or 'cls', or a recording "
-                "model (tiny, 5m, 13m)."
-            )
+        check_pooling(pooling, ("mean", "cls"))
         rows = self._rows(xyz, len(bold))
 
         def features(window: Tensor) -> Tensor:
             window = window if rows is None else take(window, rows)
-            return pool(self._hidden(window, None), pooling, self.n_parcels)
+            hidden = self._hidden(window, None)
+            return pool(hidden[:, 1:], pooling, n_parcels=self.n_parcels, cls=hidden[:, 0])
 
         with no_dropout(self):
             return mean_over_windows(

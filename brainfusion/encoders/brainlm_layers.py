@@ -8,7 +8,7 @@ Besides being slower, that one has a wrong gradient: on CPUs with AVX512, oneDNN
 gradient of a depthwise convolution with 65 taps misses contributions in its upper half (2 to 33% of
 the largest entry at 65 to 3,393 tokens; torch 2.13), while float64, or oneDNN switched off, agree
 with ours to rounding. Gradients that upstream computed on such CPUs have the error. What a
-checkpoint computes is not affected. `convolution="grouped"` keeps upstream's operation for comparisons.
+checkpoint computes is not affected. `convolution="grouped"` is upstream's operation.
 
 Shape legend: b recordings, s sequence (CLS and tokens), h heads, d width, e width of a head,
 l landmarks.

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from brainfusion import __version__
+from brainfusion import __version__, encoders
 from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.standardise import Standardiser
-from brainfusion import encoders
 from brainfusion.encoders import ENCODERS
 from brainfusion.encoders.brainjepa import BrainJEPAConfig
 from brainfusion.encoders.gradients import connectivity_of, gradient_table
@@ -112,7 +111,8 @@ def load_pretrained(path: Path, model: str | None = None) -> Pretrained:
 
 def _config_class(state: dict[str, Any]) -> type[Any]:
     """The config class that a checkpoint was written with: a model may have several families."""
-    families = {type(preset).__name__: type(preset) for preset in ENCODERS[state["model"]].presets.values()}
+    presets = ENCODERS[state["model"]].presets.values()
+    families = {type(preset).__name__: type(preset) for preset in presets}
     if state["config_class"] not in families:
         raise CheckpointError(
             f"the checkpoint was written for {state['config_class']}, this version knows "

@@ -6,16 +6,14 @@ s sequence (CLS and tokens), d width, f features.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from brainfusion.data.windows import window_starts
-from brainfusion.runtime.errors import UserError, nearest
-
-Pooling = Literal["mean", "cls", "parcels"]
+from brainfusion.runtime.errors import UserError
 
 
 class MaskedOutput(NamedTuple):
@@ -101,21 +99,6 @@ def masked_loss(logits: Tensor, target: Tensor, weight: Tensor, loss_fn: str) ->
     error = error.square() if loss_fn == "mse" else error.abs()
     weight = weight.expand_as(error)
     return (error * weight).sum() / weight.sum()
-
-
-def check_pooling(pooling: str) -> None:
-    """Refuse an unknown pooling, naming the nearest."""
-    if pooling not in get_args(Pooling):
-        raise UserError(f"pooling '{pooling}' is unknown. {nearest(pooling, get_args(Pooling))}")
-
-
-def pool(hidden: Float[Tensor, "b s d"], pooling: Pooling, n_parcels: int) -> Float[Tensor, "b f"]:
-    """One vector a recording from CLS and its tokens in natural order."""
-    if pooling == "cls":
-        return hidden[:, 0]
-    if pooling == "mean":
-        return hidden[:, 1:].mean(1)
-    return hidden[:, 1:].unflatten(1, (n_parcels, -1)).mean(2).flatten(1)
 
 
 def mean_over_windows(

@@ -27,7 +27,7 @@ from brainfusion.encoders.checkpoints import (
     encoder_weights,
     load_into,
 )
-from brainfusion.encoders.objectives import objective_for
+from brainfusion.encoders.objectives import Objective, objective_for
 from brainfusion.runtime import checkpoint, config, files, schedules
 from brainfusion.runtime.distributed import Ranks, barrier, mean_over_ranks
 from brainfusion.runtime.errors import CheckpointError, UserError
@@ -140,8 +140,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
     # -- model, optimiser ----------------------------------------------------------------------
     torch.manual_seed(run.seed)
     encoder = build(settings.model, settings.encoder, cohort, train_rows)
-    options: dict[str, Any] = {"momentum": optim.momentum} if settings.model == "brainjepa" else {}
-    objective = objective_for(encoder, cohort.atlas, **options).to(ranks.device)
+    objective = objective_for(encoder, cohort.atlas, momentum=optim.momentum).to(ranks.device)
     optimizer = torch.optim.AdamW(_groups(objective), lr=optim.lr, betas=optim.betas)
 
     # -- resume --------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
         log.write(step=0, **first)
 
     # -- the loop ------------------------------------------------------------------------------
-    validation = first
+    validation, mean_loss = first, float("nan")
     for step in range(start, optim.steps):
         seed_dropout(run.seed, step, ranks.rank)
         lr, decay = _schedule(optim, step)
@@ -182,7 +181,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
         bold = training_windows(
             cohort.recordings,
             train_rows,
-            window_trs=encoder.window_trs,
+            window_trs=objective.window_trs,
             batch_size=optim.batch_size // ranks.world_size,
             seed=run.seed,
             step=step,
@@ -207,10 +206,11 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
             validation = evaluate()
         if done % run.log_every == 0 or done == optim.steps:
             seen = (done - start) * optim.batch_size
+            mean_loss = float(mean_over_ranks(loss))
             fresh = done % run.validate_every == 0 or done == optim.steps
             log.write(
                 step=done,
-                loss=float(mean_over_ranks(loss)),
+                loss=mean_loss,
                 lr=lr,
                 weight_decay=decay,
                 grad_norm=float(norm),
@@ -218,7 +218,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
                 **(validation if fresh else {}),
             )
         progress.update(
-            done, f"loss {float(loss):.4f}, validation {validation['validation_loss']:.4f}"
+            done, f"loss {mean_loss:.4f}, validation {validation['validation_loss']:.4f}"
         )
         if ranks.is_main and (done % run.save_every == 0 or done == optim.steps):
             checkpoint.save(
@@ -247,7 +247,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
                 "n_parameters": sum(p.numel() for p in encoder.parameters()),
                 "seconds": round(time.monotonic() - begin, 2),
                 "world_size": ranks.world_size,
-                "final_loss": float(loss),
+                "final_loss": mean_loss,
                 "first": first,
                 "last": validation,
                 "peak_mib": peak_mib(),
@@ -266,15 +266,15 @@ class _Validation:
         cohort: Cohort,
         rows: Sequence[int],
         standardiser: Standardiser,
-        objective: nn.Module,
+        objective: Objective,
         ranks: Ranks,
     ) -> None:
         self._settings, self._objective, self._ranks = settings, objective, ranks
         n_rows = min(len(rows), settings.run.n_validation)
         n_rows -= n_rows % ranks.world_size
-        window = objective.encoder.window_trs  # type: ignore[union-attr]
+        window = objective.window_trs
         bold = np.stack([cohort.recordings.read(row)[:, :window] for row in rows[:n_rows]])
-        draws = objective.draw(n_rows, seed=settings.run.seed, step=2**31)  # type: ignore[operator]
+        draws = objective.draw(n_rows, seed=settings.run.seed, step=2**31)
         mine = slice(ranks.rank, None, ranks.world_size)
         self._bold = torch.from_numpy(standardiser.transform(bold[mine]))
         self._draws: list[Tensor] = [draw[mine] for draw in draws]
@@ -290,7 +290,7 @@ class _Validation:
             batch = self._bold[part].to(self._ranks.device)
             draws = [draw[part].to(self._ranks.device) for draw in self._draws]
             values = {"validation_loss": float(self._objective(batch, *draws))}
-            values |= self._objective.diagnose(batch, *draws)  # type: ignore[operator]
+            values |= self._objective.diagnose(batch, draws)
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value * len(batch) / rows
         self._objective.train()
@@ -350,7 +350,7 @@ def _resume(
     folder = checkpoint.newest(run_dir)
     state = checkpoint.load_state(folder)
     before, now = dict(state["config"]), config.to_dict(settings)
-    before.pop("efficiency"), now.pop("efficiency")
+    del before["efficiency"], now["efficiency"]  # these may change
     if changed := _differences(before, now):
         raise CheckpointError(
             f"{run_dir} was trained with another config ({'; '.join(changed)}): give another "

@@ -64,14 +64,14 @@ def percent(axis: Any) -> None:
 
 def legend(axes: "Axes", *, n_columns: int = 3, first: Sequence[str] = ()) -> None:
     """Above the data, so that it never covers any; `first` names what comes first."""
-    handles, labels = axes.get_legend_handles_labels()
+    figure, (handles, labels) = axes.get_figure(root=True), axes.get_legend_handles_labels()
+    assert figure is not None
     order = list(range(len(labels)))
     order.sort(key=lambda i: labels[i] not in first)
-    box = axes.legend(
+    box = figure.legend(
         [handles[i] for i in order],
         [labels[i] for i in order],
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.02),
+        loc="outside upper left",
         ncols=n_columns,
         columnspacing=1.2,
     )

@@ -87,8 +87,8 @@ class RetrievalIndex:
             chosen = "exact" if len(vectors) <= EXACT_UP_TO else "hnsw"
         if chosen == "ivfpq" and len(vectors) < MIN_IVFPQ:
             raise UserError(
-                f"an ivfpq index needs {MIN_IVFPQ:,} vectors or more to train, got {len(vectors):,}: "
-                "use kind='exact', which is faster at this size."
+                f"an ivfpq index needs {MIN_IVFPQ:,} vectors or more to train, got "
+                f"{len(vectors):,}: use kind='exact', which is faster at this size."
             )
         made = cls(_make(vectors, chosen), ids, chosen)
         made._measure(vectors, queries)
@@ -199,8 +199,8 @@ class RetrievalIndex:
             raise UserError(f"{folder} is damaged ({text}): build the index again.") from error
         if not index.ntotal == len(ids) == meta["n"]:
             raise UserError(
-                f"{folder} holds {index.ntotal} vectors and {len(ids)} ids, expected {meta['n']} of "
-                "both: build the index again."
+                f"{folder} holds {index.ntotal} vectors and {len(ids)} ids, expected {meta['n']} "
+                "of both: build the index again."
             )
         return cls(index, ids, meta["kind"], meta["recall_at_10"])
 
@@ -221,7 +221,7 @@ class RetrievalIndex:
         """The vectors of an approximate index, as exactly as it keeps them."""
         import faiss
 
-        index = faiss.downcast_index(self._index)
+        index: Any = faiss.downcast_index(self._index)
         exact = index.refine_index if self.kind == "ivfpq" else index
         return faiss.downcast_index(exact).reconstruct_n(0, len(self))
 
@@ -251,6 +251,7 @@ def _make(vectors: np.ndarray, kind: str) -> Any:
 
     n, dim = vectors.shape
     metric = faiss.METRIC_INNER_PRODUCT
+    index: Any
     if kind == "exact":
         index = faiss.IndexFlatIP(dim)
     elif kind == "hnsw":
@@ -260,9 +261,10 @@ def _make(vectors: np.ndarray, kind: str) -> Any:
         # As many codes of 8 bits as divide the width, at least 4 numbers each where possible.
         n_codes = max(m for m in range(1, max(dim // 4, 1) + 1) if dim % m == 0)
         n_lists = int(4 * np.sqrt(n))
-        index = faiss.index_factory(dim, f"IVF{n_lists},PQ{n_codes},Refine(SQfp16)", metric)
+        # "np": no polysemous training, which takes minutes and serves a search that is not used.
+        index = faiss.index_factory(dim, f"IVF{n_lists},PQ{n_codes}np,Refine(SQfp16)", metric)
         index.k_factor = 10
-        inverted = faiss.downcast_index(index.base_index)
+        inverted: Any = faiss.downcast_index(index.base_index)
         inverted.nprobe = max(n_lists // 8, 1)
         # Fewer points than FAISS would like for so many lists only makes them less even.
         inverted.cp.min_points_per_centroid = 1

@@ -252,7 +252,7 @@ def _retrieval_table(rows: Mapping[str, Row], ks: Sequence[int]) -> str:
         ]
         body.append(cells)
     names = [figures.DIRECTION_NAMES[name] for name in rows]
-    return table(["", *names, "chance", "attainable"], body)
+    return table(["", *names, "chance", "ceiling"], body)
 
 
 def _metric_cell(row: Row, key: str, digits: int, *, is_share: bool) -> str:
@@ -351,8 +351,8 @@ def probes_section(results: Row) -> str:
         drawn.append(
             _figure(
                 figures.probe_forest(group, metric=metric, title=name, order=order),
-                f"Linear probes judged by {escape(name)}. Confounds alone (grey) are what a filled mark "
-                "has to beat; hollow marks, with the confounds taken out, have to beat chance.",
+                f"Linear probes judged by {escape(name)}. Confounds alone (grey) are what a filled "
+                "mark has to beat; hollow marks, confounds taken out, have to beat chance.",
             )
         )
     return _figures(drawn) + (

@@ -400,7 +400,8 @@ def _probes(rows: Sequence[Row]) -> list[str]:
     if not any(predicted.values()):
         return [f"Probes predict none of {n} targets beyond the confounds."]
     parts = [
-        f"{base} {len(names)} of {n}" + (f" ({_some(names)})" if names else "")
+        f"{base} {len(names)} of {n}"
+        + (f" ({_some(names)})" if names and len(predicted) <= 3 else "")
         for base, names in predicted.items()
     ]
     return [f"Targets that probes predict beyond the confounds: {'; '.join(parts)}."]

@@ -109,12 +109,12 @@ def test_scale_gradient_equals_the_identity_of_row_gradients():
 
 
 def test_no_matrix_of_all_pairs_is_ever_made():
-    # 20,000 pairs: the matrix would take 1.6 GB in float32; inputs and gradients take 3 MB.
+    # 8,000 pairs: the matrix would take 256 MB in float32; inputs and gradients take 1 MB.
     code = """
 import resource, torch
 from brainfusion.alignment.losses import info_nce
 torch.set_num_threads(1)
-a, b = (torch.nn.functional.normalize(torch.randn(20_000, 8), dim=1).requires_grad_() for _ in "ab")
+a, b = (torch.nn.functional.normalize(torch.randn(8_000, 8), dim=1).requires_grad_() for _ in "ab")
 s = torch.tensor(10.0, requires_grad=True)
 info_nce(a[:64], b[:64], s).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -122,7 +122,7 @@ info_nce(a, b, s).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout) / 1024 < 60  # MiB
+    assert int(run.stdout) / 1024 < 60  # MiB: a few tiles of 4 MiB and the allocator
 
 
 @pytest.mark.parametrize(("a", "b"), [((3, 2), (4, 2)), ((3,), (3,)), ((3, 2), (3, 5))])

@@ -291,7 +291,7 @@ def test_encode_is_deterministic_and_does_not_depend_on_batch_mates(small: Brain
 def test_encode_averages_windows_that_cover_a_long_recording(small: BrainJEPA) -> None:
     bold = torch.randn(2, 6, 61)
     windows = [bold[:, :, start : start + 24] for start in (0, 24, 37)]
-    for pooling in ("mean", "parcels"):
+    for pooling in ("mean", "parcel-mean"):
         expected = sum(small.encode(window, pooling=pooling) for window in windows) / 3
         assert_close(small.encode(bold, pooling=pooling), expected)
 
@@ -300,7 +300,7 @@ def test_encode_averages_windows_that_cover_a_long_recording(small: BrainJEPA) -
 def test_parcel_pooling_averages_the_times_of_each_parcel(small: BrainJEPA) -> None:
     bold = torch.randn(2, 6, 24)
     tokens = small.target_encoder(bold)
-    parcels = small.encode(bold, pooling="parcels")
+    parcels = small.encode(bold, pooling="parcel-mean")
     assert parcels.shape == (2, 6 * 16)
     assert_close(parcels[1, 3 * 16 : 4 * 16], tokens[1, 9:12].mean(0))
     assert_close(parcels.unflatten(1, (6, 16)).mean(1), small.encode(bold))

@@ -13,7 +13,8 @@ from brainfusion.encoders.brainlm import BrainLM, BrainLMConfig
 from brainfusion.encoders.brainlm_image import BrainLMImage, BrainLMImageConfig
 from brainfusion.encoders.brainlm_layers import convolve_tokens, nystrom_attention
 from brainfusion.encoders.brainlm_upstream import to_upstream_state
-from brainfusion.encoders.mae import MaskedOutput, masked_loss, pool, random_masking
+from brainfusion.encoders.mae import MaskedOutput, masked_loss, random_masking
+from brainfusion.encoders.pooling import pool
 from brainfusion.runtime.errors import UserError
 from tests.encoders.brainlm_goldens import Golden, golden
 
@@ -232,10 +233,12 @@ def test_encode_is_the_reference_without_masking_in_sorted_order(
     hidden = fixture.tensors["out/nomask_sorted/last_hidden_state"]
     with torch.no_grad():
         single = model(signal[:1], xyz[:1], noise=noise[:1]).last_hidden_state
-    for pooling in ("cls", "mean", "parcels"):
+    for pooling in ("cls", "mean", "parcel-mean"):
         features = model.encode(signal, xyz, pooling=pooling)
-        close(features, pool(hidden, pooling, model.n_parcels), tolerance)
-        close(features[:1], pool(single, pooling, model.n_parcels), 1e-5)
+        parts = {"n_parcels": model.n_parcels, "cls": hidden[:, 0]}
+        close(features, pool(hidden[:, 1:], pooling, **parts), tolerance)
+        parts["cls"] = single[:, 0]
+        close(features[:1], pool(single[:, 1:], pooling, **parts), 1e-5)
 
 
 def test_image_encode_is_the_reference_without_masking() -> None:
@@ -511,7 +514,7 @@ def test_short_recordings_are_filled_with_each_parcels_mean(family: str) -> None
 def test_parcel_features_hold_one_block_for_each_parcel() -> None:
     model = small_model("full").eval()
     bold, xyz = torch.randn(2, 6, 20), torch.randn(6, 3)
-    vectors = model.encode(bold, xyz, pooling="parcels")
+    vectors = model.encode(bold, xyz, pooling="parcel-mean")
     assert vectors.shape == (2, 6 * 16)
     hidden = model(bold, xyz, mask_ratio=0.0).last_hidden_state
     # Tokens of parcel 2 are 8..11, after CLS.
@@ -607,8 +610,8 @@ def test_recording_model_needs_centroids_and_image_model_has_no_parcels() -> Non
     model, image = small_model("full"), small_model("image")
     with pytest.raises(UserError, match="needs the centroid"):
         model.encode(torch.randn(2, 6, 20))
-    with pytest.raises(UserError, match="'parcels' needs tokens of single parcels"):
-        image.encode(torch.randn(2, 20, 12), pooling="parcels")
+    with pytest.raises(UserError, match="has no tokens of single parcels; use one of mean, cls"):
+        image.encode(torch.randn(2, 20, 12), pooling="parcel-mean")
 
 
 def test_more_landmarks_than_tokens_is_an_error_that_gives_the_fix() -> None:

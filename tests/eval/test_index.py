@@ -75,8 +75,9 @@ def test_auto_becomes_approximate_beyond_its_limit_and_says_what_that_loses(
     assert f"{index.recall_at_10:.1%} of the exact 10 nearest" in capsys.readouterr().err
 
 
-def test_quantised_index_reports_its_measured_recall(tmp_path, capsys) -> None:
-    vectors, ids = gallery(10_000, dim=8)
+def test_quantised_index_reports_its_measured_recall(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MIN_IVFPQ", 2_000)
+    vectors, ids = gallery(2_000, dim=8)
     built = RetrievalIndex.build(vectors, ids, kind="ivfpq")
     assert built.recall_at_10 > 0.6
     exact = RetrievalIndex.build(vectors, ids, kind="exact")
@@ -90,7 +91,7 @@ def test_quantised_index_reports_its_measured_recall(tmp_path, capsys) -> None:
     assert loaded.query(queries) == built.query(queries)
     loaded.add(gallery(1, dim=8, seed=9)[0], ["new"])
     assert loaded.query(gallery(1, dim=8, seed=9)[0], k=1)[0].id == "new"
-    assert "ivfpq over 10,001 vectors" in capsys.readouterr().err
+    assert "ivfpq over 2,001 vectors" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_clear_line(tmp_path) -> None:

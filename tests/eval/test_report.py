@@ -26,7 +26,7 @@ class Checker(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.ids: list[str] = []
+        self.ids: list[str | None] = []
         self.references: list[str] = []
         self.svgs: list[dict] = []
 
@@ -38,7 +38,7 @@ class Checker(HTMLParser):
             self.ids.append(values["id"])
         for key in ("href", "src"):
             if key in values:
-                self.references.append(values[key])
+                self.references.append(values[key] or "")
         if tag == "svg":
             self.svgs.append(values)
 

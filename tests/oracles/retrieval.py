@@ -32,7 +32,7 @@ def query_auc(scores: np.ndarray, positives: Sequence[int]) -> float:
 
 
 def metrics(scores: np.ndarray, positives: Sequence[Sequence[int]]) -> dict[str, float]:
-    """AUC, recall at 1, 5, 10, ranks and MRR of one direction; queries without positives stay out."""
+    """AUC, recall, ranks and MRR of one direction; queries without positives stay out."""
     rows = [(scores[i], list(p)) for i, p in enumerate(positives) if len(p)]
     ranks = [rank_distribution(row, own) for row, own in rows]
     expected = [float(sum(r * w for r, w in distribution)) for distribution in ranks]

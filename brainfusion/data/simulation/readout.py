@@ -15,7 +15,7 @@ import numpy as np
 from brainfusion.data.oracle import both_directions, pmi_scores
 
 _MAX_VALUES = 40_000_000
-_MAX_PEOPLE = 8_000
+_MAX_PEOPLE = 4_000
 _PENALTIES = 10.0 ** np.arange(-4, 3.01, 0.5)
 
 
@@ -35,7 +35,7 @@ def n_connectivity(n_parcels: int) -> int:
 
 
 def n_people_kept(n_people: int, n_parcels: int) -> int:
-    """How many people the oracle lines use: all, unless their connectivity would pass 160 MB."""
+    """How many people the oracle lines use: 4,000 at most, and within 160 MB of connectivity."""
     wanted = max(100, _MAX_VALUES // n_connectivity(n_parcels))
     return min(n_people, wanted, _MAX_PEOPLE)
 
