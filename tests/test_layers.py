@@ -98,22 +98,28 @@ def test_importing_eval_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_every_file_of_the_tree_is_in_the_readme():
-    """The README's tree names each module with a clause; a stranger finds the place from it."""
+def tree_of_readme() -> set[str]:
+    """Paths of the README's tree, read from its indentation."""
     text = (ROOT / "README.md").read_text()
-    tree = text[text.index("<!-- tree -->") : text.index("<!-- /tree -->")]
-    missing = [
-        str(path.relative_to(ROOT))
-        for path in modules()
-        if path.name not in ("__init__.py", "__main__.py") and f" {path.name} " not in tree
-    ]
-    assert not missing, f"the README's tree lacks {missing}"
-    named = {word for word in tree.split() if word.endswith(".py")}
+    block = text[text.index("<!-- tree -->") : text.index("<!-- /tree -->")]
+    folders, paths = [], set()
+    for line in block.splitlines():
+        name = line.strip().split(" ")[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        if name.endswith("/"):
+            folders[depth:] = [name]
+        elif name.endswith(".py"):
+            assert len(line.split()) > 1, f"{name} has no clause"
+            paths.add("".join(folders[:depth]) + name)
+    return paths
+
+
+def test_the_readme_tree_names_each_file_with_a_clause():
+    folders = ("brainfusion", "scripts", "benchmarks")
     existing = {
-        path.name
-        for folder in ("brainfusion", "scripts", "benchmarks")
+        str(path.relative_to(ROOT))
+        for folder in folders
         for path in (ROOT / folder).rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
     }
-    assert named <= existing, (
-        f"the README's tree names {sorted(named - existing)}, which are not there"
-    )
+    assert tree_of_readme() == existing

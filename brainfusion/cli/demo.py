@@ -12,6 +12,7 @@ from typing import Any
 
 from brainfusion import __version__
 from brainfusion.cli.options import parse
+from brainfusion.runtime import threads
 from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.files import check_writable, hash_json, read_json, write_json
 from brainfusion.runtime.logs import say
@@ -37,7 +38,7 @@ class DemoOptions:
 
 
 def main(argv: list[str]) -> int:
-    """Run the stages in order, each as the command that a user would type; skip finished ones."""
+    """Run the stages, each as the command that a user would type; skip finished ones."""
     from brainfusion.data.simulate import PRESETS
 
     options = parse(DemoOptions, argv, prog="brainfusion demo", description=__doc__ or "")
@@ -45,73 +46,120 @@ def main(argv: list[str]) -> int:
         raise UserError(f"unknown preset '{options.preset}'. {nearest(options.preset, PRESETS)}")
     name = "demo" if options.preset == "demo" else f"demo-{options.preset}"
     root = options.out or Path("runs") / name
-    if options.fresh:
+    if options.fresh or _is_of_another_cohort(options, root):
         shutil.rmtree(root, ignore_errors=True)
     check_writable(root)
-    stages, key = _finished(root), __version__
-    rows: list[dict[str, Any]] = []
-    for stage, command, product in _plan(options, root):
-        key = hash_json([key, command])
-        known = stages.get(stage)
-        if known and known["key"] == key and (root / product).exists():
-            rows.append({**known, "cached": True})
-            say(f"[{stage}] done before ({known['seconds']:.0f} s)")
-            continue
-        say(f"[{stage}] brainfusion {shlex.join(command)}")
-        row = _run(command) | {"name": stage, "key": key, "cached": False}
-        rows.append(row)
-        stages = {k: v for k, v in stages.items() if k in {r["name"] for r in rows}} | {stage: row}
+    known, rows, stale = _finished(root), [], False
+    for wave in _plan(options, root):
+        waiting = []
+        for stage in wave:
+            before = known.get(stage.name)
+            if not stale and before and before["key"] == stage.key and stage.product.exists():
+                say(f"[{stage.name}] done before ({before['seconds']:.0f} s)")
+                rows.append({**before, "cached": True})
+            else:
+                waiting.append(stage)
+        rows += _run_side_by_side(waiting)
+        stale = stale or bool(waiting)
         write_json(root / "stages.json", {"stages": rows})
-    write_json(root / "stages.json", {"stages": rows})
     print(_table(rows))
     print(f"report:  {root / 'report.html'}\nnumbers: {root / 'results.json'}")
     return 0
 
 
-def _plan(options: DemoOptions, root: Path) -> list[tuple[str, list[str], str]]:
-    """Stages in order: name, command, and the file that shows it is done."""
-    place = ["--cohort", str(root / "cohort"), "--workspace", str(root)]
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A step of the demo: a command, and the file that shows that it is done."""
+
+    name: str
+    command: list[str]
+    product: Path
+
+    @property
+    def key(self) -> str:
+        """Changes with the command and with the package's version."""
+        return hash_json([__version__, self.command])
+
+
+def _plan(options: DemoOptions, root: Path) -> list[list[Stage]]:
+    """Waves of stages: those of one wave need nothing of each other and run side by side."""
+    cohort = root / "cohort"
+    place = ["--cohort", str(cohort), "--workspace", str(root)]
     pair = ["--brain", options.brain, "--dna", options.dna]
     people = ["--n-people", str(options.n_people)] if options.n_people else []
-    simulate = [
-        "simulate",
-        "--preset",
-        options.preset,
-        "--out",
-        str(root / "cohort"),
-        "--overwrite",
-    ]
-    models = [options.brain] + [m for m in ("brainjepa", "brainlm") if m != options.brain]
-    align = f"align/{options.brain}-{options.dna}"
+    simulate = ["simulate", "--preset", options.preset, "--out", str(cohort), *people]
+    models = [options.brain, *(m for m in ("brainjepa", "brainlm") if m != options.brain)]
+    align = root / "align" / f"{options.brain}-{options.dna}"
+    features = root / "features"
+
+    def embed(model: str, *flags: str) -> Stage:
+        name = "-".join([model, *(flag.strip("-") for flag in flags)])
+        command = ["embed", "--model", model, *flags, *place]
+        return Stage(f"embed {name}", command, features / f"{name}.parquet")
+
     return [
-        ("simulate", [*simulate, *people], "cohort/cohort.json"),
-        *(
-            (f"pretrain {m}", ["pretrain", "--model", m, *place], f"pretrain/{m}/summary.json")
-            for m in models
-        ),
-        *((f"embed {m}", ["embed", "--model", m, *place], f"features/{m}.parquet") for m in models),
-        ("align", ["align", *pair, *place], f"{align}/embeddings/dna.parquet"),
-        ("retrieve", ["retrieve", *pair, *place], f"{align}/retrieval.json"),
-        ("probe", ["probe", *pair, *place], "probes.json"),
-        ("report", ["report", *pair, *place], "report.html"),
+        [Stage("simulate", [*simulate, "--overwrite"], cohort / "cohort.json")],
+        [
+            Stage(
+                f"pretrain {model}",
+                ["pretrain", "--model", model, *place],
+                root / "pretrain" / model / "summary.json",
+            )
+            for model in models
+        ],
+        [*(embed(model) for model in models), embed(options.brain, "--untrained")],
+        [Stage("align", ["align", *pair, *place], align / "embeddings" / "dna.parquet")],
+        [
+            Stage("retrieve", ["retrieve", *pair, *place], align / "retrieval.json"),
+            Stage("probe", ["probe", *pair, *place], root / "probes.json"),
+        ],
+        [Stage("report", ["report", *pair, *place], root / "report.html")],
     ]
 
 
-def _run(command: list[str]) -> dict[str, float]:
-    """Run one stage in a process of its own; its time and its own peak memory."""
-    begin = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "brainfusion.cli", *command])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+def _run_side_by_side(stages: list[Stage]) -> list[dict[str, Any]]:
+    """Run each stage in a process of its own; its seconds and its own peak memory."""
+    environment = dict(os.environ)
+    if len(stages) > 1:
+        # A share of the cores each, and plain lines of progress instead of rewritten ones.
+        share = max(1, threads.available_cores() // len(stages))
+        environment |= {"OMP_NUM_THREADS": str(share), "TERM": "dumb"}
+    begin, running = time.monotonic(), {}
+    for stage in stages:
+        say(f"[{stage.name}] brainfusion {shlex.join(stage.command)}")
+        words = [sys.executable, "-m", "brainfusion.cli", *stage.command]
+        running[subprocess.Popen(words, env=environment).pid] = stage
+    rows, failed = {}, []
+    while len(rows) < len(stages):
+        pid, status, usage = os.wait4(-1, 0)
+        stage = running[pid]
+        if code := os.waitstatus_to_exitcode(status):
+            failed.append(f"'{stage.name}' (exit code {code})")
+        rows[stage.name] = {
+            "name": stage.name,
+            "key": stage.key,
+            "seconds": round(time.monotonic() - begin, 2),
+            "peak_mib": round(usage.ru_maxrss / 1024, 1),
+            "cached": False,
+        }
+    if failed:
         raise UserError(
-            f"the stage '{command[0]}' ended with exit code {process.returncode}; its own "
-            "message is above. Finished stages are kept: mend it and run the demo again."
+            f"the stage {' and '.join(failed)} failed; its own message is above. Finished stages "
+            "are kept: mend it and run the demo again."
         )
-    return {
-        "seconds": round(time.monotonic() - begin, 2),
-        "peak_mib": round(usage.ru_maxrss / 1024, 1),
-    }
+    return [rows[stage.name] for stage in stages]
+
+
+def _is_of_another_cohort(options: DemoOptions, root: Path) -> bool:
+    """Whether the folder holds a demo of another preset or size: nothing in it can be kept."""
+    path = root / "cohort" / "truth" / "truth.json"
+    if not path.exists():
+        return False
+    from brainfusion.data.simulate import PRESETS
+
+    made = read_json(path)["config"]
+    n_people = options.n_people or PRESETS[options.preset].n_people
+    return (made["preset"], made["n_people"]) != (options.preset, n_people)
 
 
 def _finished(root: Path) -> dict[str, dict[str, Any]]:
@@ -120,11 +168,8 @@ def _finished(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'stage':<20} {'seconds':>8} {'peak MiB':>9}"]
+    lines = [f"{'stage':<28} {'seconds':>8} {'peak MiB':>9}"]
     for row in rows:
         note = "  done before" if row["cached"] else ""
-        lines.append(f"{row['name']:<20} {row['seconds']:>8.1f} {row['peak_mib']:>9.0f}{note}")
-    total = sum(row["seconds"] for row in rows if not row["cached"])
-    peak = max(row["peak_mib"] for row in rows)
-    lines.append(f"{'this run':<20} {total:>8.1f} {peak:>9.0f}")
+        lines.append(f"{row['name']:<28} {row['seconds']:>8.1f} {row['peak_mib']:>9.0f}{note}")
     return "\n".join(lines)

@@ -24,10 +24,12 @@ class EmbedOptions:
     checkpoint: Path | None = None
     """A pretraining run or one of its checkpoints; <workspace>/pretrain/<model> by default."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
+    untrained: bool = False
+    """Take the encoder as it was before training: the baseline that training has to beat."""
     pooling: str = "parcel-std"
     """parcel-std, parcel-mean: over time, a vector a parcel, joined; mean: over all tokens; cls."""
     out: Path | None = None
-    """The feature file; <workspace>/features/<model>.parquet by default."""
+    """The feature file; <workspace>/features/<model>[-untrained].parquet by default."""
     batch_size: int = 16
     """Recordings at a time; features do not depend on it."""
     threads: int = 0
@@ -39,10 +41,11 @@ def main(argv: list[str]) -> int:
     options = parse(EmbedOptions, argv, prog="brainfusion embed", description=__doc__ or "")
     model = known_model(options.model)
     workspace = Workspace.of(options.place)
-    out = options.out or workspace.features_path(model)
+    name = f"{model}-untrained" if options.untrained else model
+    out = options.out or workspace.features_path(name)
     cohort = workspace.open_cohort()
     path = options.checkpoint or ensure_pretrained(workspace, model)
-    pretrained = load_pretrained(path, model)
+    pretrained = load_pretrained(path, model, untrained=options.untrained)
     check_writable(out.parent)
     threads.use_threads(options.threads)
     subjects, vectors, provenance = embed(

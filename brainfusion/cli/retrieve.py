@@ -86,7 +86,7 @@ def score(
 ) -> dict[str, Any]:
     """Metrics in both directions with intervals and p-values, the control, baselines, strata."""
     from brainfusion.eval.baselines import baseline_rows
-    from brainfusion.eval.design import design_matrix
+    from brainfusion.eval.design import covariate_matrix
     from brainfusion.eval.retrieval import retrieval_metrics, stratified_auc
 
     brain, dna, people = _test_embeddings(run_dir, cohort)
@@ -107,12 +107,16 @@ def score(
     pairs = load_pairs(workspace, cohort, brain=options.brain, dna=options.dna)
     covariates = [c for c in COVARIATES if c in people.columns]
     covariates += [c for c in people.columns if c.startswith("ancestry_")]
+    views = {"encoder features": pairs.brain}
+    untrained = workspace.features_path(f"{options.brain}-untrained")
+    if untrained.exists():
+        views["untrained encoder"] = read_features(untrained).select(pairs.subjects)
+    views["connectome (Pearson FC, PCA)"] = connectomes(cohort, pairs)
     scores["baselines"] = baseline_rows(
-        brain=pairs.brain,
-        connectomes=connectomes(cohort, pairs),
-        dna=pairs.dna,
+        views,
+        pairs.dna,
         labels=pairs.labels,
-        covariates=design_matrix(pairs.people, covariates) if covariates else None,
+        covariates=covariate_matrix(pairs.people, covariates) if covariates else None,
         families=pairs.families,
         blocks=pairs.people["site"].to_list() if blocks else None,
         n_permutations=options.permutations,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from brainfusion.runtime.errors import UserError
@@ -84,8 +85,9 @@ def read_features(path: Path) -> Features:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
+        text = " ".join(str(error).split())
         raise UserError(
-            f"{path} is not a readable Parquet file ({error}): make it again."
+            f"{path} is not a readable Parquet file ({text}): make it again."
         ) from error
     if absent := {"subject", "vector"} - set(table.column_names):
         raise UserError(f"{path} has no column {sorted(absent)}: expected 'subject' and 'vector'.")
@@ -96,13 +98,17 @@ def read_features(path: Path) -> Features:
             f"{path}: column 'subject' is {table.schema.field('subject').type}, expected text: ids "
             "that were numbers may have lost leading zeros; write them as text."
         )
+    if not table.num_rows:
+        raise UserError(f"{path} holds nobody: expected one row a person; make it again.")
     subjects = table.column("subject").to_pylist()
+    if n_empty := sum(not subject for subject in subjects):
+        raise UserError(f"{path}: {n_empty} rows have no subject id: fill them in, or drop them.")
     if len(set(subjects)) != len(subjects):
         raise UserError(
             f"{path}: {len(subjects) - len(set(subjects))} subject ids repeat: one row a person; "
             "average a person's recordings first."
         )
-    vectors = _matrix(table.column("vector").combine_chunks(), path)
+    vectors = _matrix(table.column("vector"), path)
     bad = int((~np.isfinite(vectors).all(axis=1)).sum())
     if bad:
         raise UserError(f"{path}: {bad} of {len(vectors)} vectors hold NaN or infinity: drop them.")
@@ -116,12 +122,23 @@ def read_features(path: Path) -> Features:
     )
 
 
-def _matrix(column: Any, path: Path) -> np.ndarray:
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    if not pa.types.is_fixed_size_list(column.type):
-        widths = {len(row) if row is not None else 0 for row in column}
-        if len(widths) != 1:
-            raise UserError(f"{path}: vectors have different widths: {sorted(widths)[:5]}.")
-    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+def _matrix(column: pa.ChunkedArray, path: Path) -> np.ndarray:
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not lists and not pa.types.is_fixed_size_list(kind):
+        raise UserError(
+            f"{path}: column 'vector' is {kind}, expected a list of numbers in each row."
+        )
+    if not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise UserError(f"{path}: column 'vector' is {kind}, expected numbers in the lists.")
+    if column.null_count:
+        raise UserError(
+            f"{path}: {column.null_count} of {len(column)} people have no vector: drop their rows."
+        )
+    widths = np.unique(pc.list_value_length(column).to_numpy())
+    if len(widths) > 1:
+        raise UserError(f"{path}: vectors have different widths: {widths[:5].tolist()}.")
+    if not widths[0]:
+        raise UserError(f"{path}: the vectors are empty: make the file again.")
+    flat = pc.list_flatten(column).to_numpy().astype(np.float32)
     return flat.reshape(len(column), -1)

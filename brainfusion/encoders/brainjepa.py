@@ -96,7 +96,7 @@ class BrainJEPAConfig:
 
 PRESETS: dict[str, BrainJEPAConfig] = {
     "tiny": BrainJEPAConfig(
-        n_parcels=100, width=64, depth=3, n_heads=4, predictor_width=32, predictor_depth=2
+        n_parcels=100, width=64, depth=3, n_heads=2, predictor_width=32, predictor_depth=2
     ),
     "small": BrainJEPAConfig(width=384, depth=12, n_heads=6),
     "base": BrainJEPAConfig(width=768, depth=12, n_heads=12),

@@ -128,8 +128,9 @@ class BrainLMConfig:
 PRESETS: dict[str, BrainLMConfig] = {
     "tiny": BrainLMConfig(
         n_trs=160,
-        patch_trs=16,
+        patch_trs=32,
         xyz_unit_mm=50.0,
+        init_std=0.06,
         width=64,
         depth=2,
         dim_hidden=128,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from brainfusion import __version__, encoders
@@ -13,7 +14,7 @@ from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.standardise import Standardiser
 from brainfusion.encoders import ENCODERS
-from brainfusion.encoders.brainjepa import BrainJEPAConfig
+from brainfusion.encoders.brainjepa import BrainJEPA, BrainJEPAConfig
 from brainfusion.encoders.gradients import connectivity_of, gradient_table
 from brainfusion.runtime import checkpoint, config
 from brainfusion.runtime.errors import CheckpointError, UserError, nearest
@@ -76,8 +77,14 @@ def load_into(module: nn.Module, folder: Path) -> None:
     module.load_state_dict(weights)
 
 
-def load_pretrained(path: Path, model: str | None = None) -> Pretrained:
+def load_pretrained(path: Path, model: str | None = None, *, untrained: bool = False) -> Pretrained:
     """Load the checkpoint at `path` (a run folder or a checkpoint folder) for embedding.
+
+    Args:
+        path: The folder.
+        model: The encoder that is expected.
+        untrained: Take the weights that the run started from, drawn again from its seed: the
+            baseline that its training has to beat.
 
     Raises:
         CheckpointError: It is absent, truncated, or of another model than `model`.
@@ -89,6 +96,16 @@ def load_pretrained(path: Path, model: str | None = None) -> Pretrained:
         )
     folder = checkpoint.newest(path)
     state = checkpoint.load_state(folder)
+    if absent := sorted({"model", "config", "config_class", "standardiser", "atlas"} - set(state)):
+        raise CheckpointError(
+            f"{folder} is no checkpoint of an encoder (its state.json lacks {', '.join(absent)}): "
+            "expected a run of 'brainfusion pretrain'."
+        )
+    if state["model"] not in ENCODERS:
+        raise CheckpointError(
+            f"{folder} holds a '{state['model']}' encoder, which this version does not know: use "
+            "the brainfusion version that wrote it."
+        )
     if model is not None and state["model"] != model:
         raise CheckpointError(
             f"{folder} holds a {state['model']} encoder, expected {model}: give that model's "
@@ -98,6 +115,10 @@ def load_pretrained(path: Path, model: str | None = None) -> Pretrained:
     # Brain-JEPA's gradient table is among the weights.
     module = encoders.build(state["model"], settings)
     load_into(module, folder)
+    if untrained:
+        gradient = module.encoder.position.gradient if isinstance(module, BrainJEPA) else None
+        torch.manual_seed(state["config"]["run"]["seed"])
+        module = encoders.build(state["model"], settings, gradient=gradient)
     return Pretrained(
         model=state["model"],
         module=module.eval(),
@@ -105,7 +126,7 @@ def load_pretrained(path: Path, model: str | None = None) -> Pretrained:
         atlas=Atlas.from_dict(state["atlas"]),
         state=state,
         path=folder,
-        hash=hash_file(folder / "model.safetensors"),
+        hash="untrained" if untrained else hash_file(folder / "model.safetensors"),
     )
 
 
@@ -128,6 +149,7 @@ def describe_training_data(cohort: Cohort, rows: Sequence[int]) -> dict[str, Any
         "package_version": __version__,
         "cohort": cohort.name,
         "cohort_hash": cohort.hash,
+        "splits_hash": cohort.splits().hash,
         "n_people": index["subject"].n_unique(),
         "n_recordings": len(index),
         "tr_s": _tr_s(cohort),

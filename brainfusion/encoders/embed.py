@@ -22,7 +22,7 @@ def embed(
     Args:
         pretrained: Encoder with its standardiser and atlas.
         cohort: Its parcels are matched to the encoder's by name.
-        pooling: What the encoder offers: "mean", "cls" or "parcels".
+        pooling: What the encoder offers of "mean", "cls", "parcel-mean" and "parcel-std".
         batch_size: Recordings at a time.
 
     Returns:
@@ -90,6 +90,11 @@ def _parcel_order(pretrained: Pretrained, cohort: Cohort) -> np.ndarray:
             f"lacks {len(match.missing)} of the {pretrained.atlas.n_parcels} parcels that the "
             f"encoder was trained on ({pretrained.atlas.name}), for example "
             f"{list(match.missing)[:2]}: re-parcellate, or pretrain on this cohort."
+        )
+    if match.extra:
+        say(
+            f"{len(match.extra)} of {cohort.atlas.n_parcels} parcels are not in the encoder's "
+            "atlas and are left out."
         )
     if match.permuted:
         say("parcels are in another order than the encoder's: matched by name.")

@@ -21,6 +21,7 @@ from brainfusion.data.standardise import Standardiser
 from brainfusion.data.windows import training_windows
 from brainfusion.encoders.brainjepa import BrainJEPAConfig
 from brainfusion.encoders.brainlm import BrainLMConfig
+from brainfusion.encoders.brainlm_image import BrainLMImageConfig
 from brainfusion.encoders.checkpoints import (
     build,
     describe_training_data,
@@ -30,8 +31,8 @@ from brainfusion.encoders.checkpoints import (
 from brainfusion.encoders.objectives import Objective, objective_for
 from brainfusion.runtime import checkpoint, config, files, schedules
 from brainfusion.runtime.distributed import Ranks, barrier, mean_over_ranks
-from brainfusion.runtime.errors import CheckpointError, UserError
-from brainfusion.runtime.logs import MetricsLog, Progress, say
+from brainfusion.runtime.errors import CheckpointError, NonFiniteError, UserError
+from brainfusion.runtime.logs import MetricsLog, Progress, read_metrics, say
 from brainfusion.runtime.memory import peak_mib
 
 
@@ -68,6 +69,16 @@ class OptimConfig:
     momentum: tuple[float, float] = (0.996, 1.0)
     """Brain-JEPA's target encoder: momentum at the first and last step, a linear ramp."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "batch_size")
+        _at_least(self, 0, "lr", "lr_end", "weight_decay", "weight_decay_end", "clip")
+        if not 0.0 <= self.warmup_share <= 1.0:
+            raise UserError(f"warmup_share={self.warmup_share}: expected a share from 0 to 1.")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UserError(f"betas={self.betas}: expected two numbers from 0 to below 1.")
+        if not all(0.0 <= share <= 1.0 for share in self.momentum):
+            raise UserError(f"momentum={self.momentum}: expected two numbers from 0 to 1.")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -86,6 +97,10 @@ class RunConfig:
     n_validation: int = 64
     """Validation recordings used, at most."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "seed")
+        _at_least(self, 1, "log_every", "validate_every", "save_every", "keep_last", "n_validation")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EfficiencyConfig:
@@ -98,6 +113,9 @@ class EfficiencyConfig:
     threads: int = 0
     """Threads a process; 0 shares the cores among the ranks."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "threads")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
@@ -105,7 +123,7 @@ class PretrainConfig:
 
     model: str
     """'brainjepa' or 'brainlm'."""
-    encoder: BrainLMConfig | BrainJEPAConfig
+    encoder: BrainLMConfig | BrainLMImageConfig | BrainJEPAConfig
     """The architecture."""
     data: DataConfig = field(default_factory=DataConfig)
     """What the encoder sees."""
@@ -121,8 +139,9 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
     """Train until `optim.steps`; returns the last checkpoint. Called again, it resumes.
 
     Raises:
-        UserError: The cohort does not fit the encoder, or the run was made with another config.
-        FloatingPointError: A loss was not finite on some rank; all ranks stop together.
+        UserError: The cohort does not fit the encoder.
+        CheckpointError: The run was made with another config, or on another state of the cohort.
+        NonFiniteError: A loss was not finite on some rank; all ranks stop together.
     """
     optim, run = settings.optim, settings.run
     if optim.batch_size % ranks.world_size:
@@ -144,8 +163,10 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
     optimizer = torch.optim.AdamW(_groups(objective), lr=optim.lr, betas=optim.betas)
 
     # -- resume --------------------------------------------------------------------------------
-    start = _resume(settings, run_dir, encoder, optimizer) if checkpoint.steps(run_dir) else 0
-    if start >= optim.steps:
+    start = 0
+    if checkpoint.steps(run_dir):
+        start = _resume(settings, run_dir, cohort, encoder, optimizer)
+    if start >= optim.steps and (run_dir / "summary.json").exists():
         if ranks.is_main:
             say(f"{run_dir} is already trained to step {start}; --restart trains it anew.")
         return checkpoint.newest(run_dir)
@@ -166,15 +187,15 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
     log = MetricsLog(run_dir / "metrics.jsonl", active=ranks.is_main, resume_step=start or None)
     progress = Progress(settings.model, optim.steps, start=start, active=ranks.is_main)
     evaluate = _Validation(settings, cohort, validation_rows, standardiser, objective, ranks)
-    begin, first = time.monotonic(), evaluate()
+    begin, validation = time.monotonic(), evaluate()
     if start == 0:
-        log.write(step=0, **first)
+        log.write(step=0, **validation)
 
     # -- the loop ------------------------------------------------------------------------------
-    validation, mean_loss = first, float("nan")
+    note = f"validation {validation['validation_loss']:.4f}"
     for step in range(start, optim.steps):
         seed_dropout(run.seed, step, ranks.rank)
-        lr, decay = _schedule(optim, step)
+        lr, decay = schedule(optim, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = decay if group["decays"] else 0.0
@@ -194,20 +215,21 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
 
         with _autocast(settings, ranks):
             loss = module(batch, *draws)
-        _check_finite(loss, step, ranks)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(objective.parameters(), optim.clip or float("inf"))
+        _check_finite(loss, norm, step, ranks)
         optimizer.step()
         objective.after_step(step + 1, optim.steps)
 
         done = step + 1
-        if done % run.validate_every == 0 or done == optim.steps:
+        fresh = done % run.validate_every == 0 or done == optim.steps
+        if fresh:
             validation = evaluate()
-        if done % run.log_every == 0 or done == optim.steps:
+        if fresh or done % run.log_every == 0:
             seen = (done - start) * optim.batch_size
             mean_loss = float(mean_over_ranks(loss))
-            fresh = done % run.validate_every == 0 or done == optim.steps
+            note = f"loss {mean_loss:.4f}, validation {validation['validation_loss']:.4f}"
             log.write(
                 step=done,
                 loss=mean_loss,
@@ -217,9 +239,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
                 windows_per_s=seen / (time.monotonic() - begin),
                 **(validation if fresh else {}),
             )
-        progress.update(
-            done, f"loss {mean_loss:.4f}, validation {validation['validation_loss']:.4f}"
-        )
+        progress.update(done, note)
         if ranks.is_main and (done % run.save_every == 0 or done == optim.steps):
             checkpoint.save(
                 run_dir,
@@ -239,6 +259,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
     # -- summary -------------------------------------------------------------------------------
     log.close()
     if ranks.is_main:
+        rows = read_metrics(run_dir / "metrics.jsonl")  # those before a resume too
         files.write_json(
             run_dir / "summary.json",
             {
@@ -247,8 +268,8 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
                 "n_parameters": sum(p.numel() for p in encoder.parameters()),
                 "seconds": round(time.monotonic() - begin, 2),
                 "world_size": ranks.world_size,
-                "final_loss": mean_loss,
-                "first": first,
+                "final_loss": rows[-1].get("loss"),
+                "first": {name: rows[0].get(name) for name in validation},
                 "last": validation,
                 "peak_mib": peak_mib(),
             },
@@ -272,6 +293,12 @@ class _Validation:
         self._settings, self._objective, self._ranks = settings, objective, ranks
         n_rows = min(len(rows), settings.run.n_validation)
         n_rows -= n_rows % ranks.world_size
+        if not n_rows:
+            raise UserError(
+                f"{len(rows)} validation recordings (at most {settings.run.n_validation} are used) "
+                f"do not go round {ranks.world_size} processes: use fewer processes, or a larger "
+                "--n-validation."
+            )
         window = objective.window_trs
         bold = np.stack([cohort.recordings.read(row)[:, :window] for row in rows[:n_rows]])
         draws = objective.draw(n_rows, seed=settings.run.seed, step=2**31)
@@ -332,7 +359,12 @@ def _groups(objective: nn.Module) -> list[dict[str, Any]]:
     return [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}]
 
 
-def _schedule(optim: OptimConfig, step: int) -> tuple[float, float]:
+def schedule(optim: OptimConfig, step: int) -> tuple[float, float]:
+    """Learning rate and weight decay of optimiser step `step`, from 0.
+
+    As Brain-JEPA's schedulers, which are stepped before the first batch: the first step takes
+    their first value past the start.
+    """
     lr = schedules.warmup_cosine(
         step + 1,
         start=optim.lr * 0.05,
@@ -341,11 +373,15 @@ def _schedule(optim: OptimConfig, step: int) -> tuple[float, float]:
         n_warmup=optim.warmup_share * optim.steps,
         n_steps=optim.steps,
     )
-    return lr, schedules.cosine(step, optim.weight_decay, optim.weight_decay_end, optim.steps)
+    return lr, schedules.cosine(step + 1, optim.weight_decay, optim.weight_decay_end, optim.steps)
 
 
 def _resume(
-    settings: PretrainConfig, run_dir: Path, encoder: nn.Module, optimizer: torch.optim.Optimizer
+    settings: PretrainConfig,
+    run_dir: Path,
+    cohort: Cohort,
+    encoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> int:
     folder = checkpoint.newest(run_dir)
     state = checkpoint.load_state(folder)
@@ -356,6 +392,12 @@ def _resume(
             f"{run_dir} was trained with another config ({'; '.join(changed)}): give another "
             "--out, or --restart to train it anew."
         )
+    for name, hash_now in (("cohort", cohort.hash), ("splits", cohort.splits().hash)):
+        if (hash_before := state[f"{name}_hash"]) != hash_now:
+            raise CheckpointError(
+                f"{run_dir} was trained on another state of the cohort ({name} {hash_before}, now "
+                f"{hash_now}): give another --out, or --restart to train it anew."
+            )
     load_into(encoder, folder)
     optimizer.load_state_dict(checkpoint.load_optimizer(folder))
     return int(state["step"])
@@ -377,15 +419,27 @@ def _autocast(settings: PretrainConfig, ranks: Ranks) -> torch.autocast:
     return torch.autocast(ranks.device.type, torch.bfloat16, enabled=on)
 
 
-def _check_finite(loss: Tensor, step: int, ranks: Ranks) -> None:
-    """Stop all ranks together, naming those whose loss is not finite."""
+def _check_finite(loss: Tensor, norm: Tensor, step: int, ranks: Ranks) -> None:
+    """Stop all ranks together before the weights are spoilt, naming the ranks that are to blame.
+
+    `norm`, of the gradients, is the same on all of them.
+    """
     bad = torch.zeros(ranks.world_size, device=loss.device)
     bad[ranks.rank] = float(not torch.isfinite(loss.detach()))
     if ranks.world_size > 1:
         dist.all_reduce(bad)
-    if bad.any():
+    if bad.any() or not torch.isfinite(norm):
         culprits = bad.nonzero().flatten().tolist()
-        raise FloatingPointError(
-            f"the loss is not finite at step {step} on rank(s) {culprits}: lower "
-            "--lr, and check the cohort's recordings with Cohort.validate()."
+        what = f"loss is not finite at step {step} on rank(s) {culprits}"
+        if not culprits:
+            what = f"gradient is not finite at step {step}, though the loss is"
+        raise NonFiniteError(
+            f"the {what}: lower --lr, and check the cohort's recordings with Cohort.validate(). "
+            "The last checkpoint is from before this step."
         )
+
+
+def _at_least(config: Any, lowest: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= lowest:
+            raise UserError(f"{name}={getattr(config, name)}: expected {lowest} or more.")

@@ -10,7 +10,7 @@ Sources: Vinod 1976 and Leurgans et al. 1993 (ridge CCA); Barlow et al. 1972 (is
 Shape legend: n people, d and e widths, p parcels, t TRs, k components, q covariates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,11 +221,10 @@ def covariate_scores(
 
 
 def baseline_rows(
-    *,
+    views: Mapping[str, np.ndarray],
     dna: np.ndarray,
+    *,
     labels: Sequence[str],
-    brain: np.ndarray | None = None,
-    connectomes: np.ndarray | None = None,
     covariates: np.ndarray | None = None,
     families: Labels | None = None,
     blocks: Labels | None = None,
@@ -233,14 +232,14 @@ def baseline_rows(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Retrieval of the test people by each baseline that the given arrays allow.
+    """Retrieval of the test people by ridge-CCA of each brain view, and by covariates alone.
 
     Args:
+        views: Name -> brain features [n, d]: an encoder's, an untrained encoder's, connectomes.
+            NaN are filled from the training people.
         dna: DNA features, flattened, [n, e].
         labels: "train", "validation" or "test" of each person; others are not used.
-        brain: Encoder features [n, d].
-        connectomes: Of `connectome`, a row a person; NaN are filled from the training people.
-        covariates: Of `design.design_matrix`, [n, q].
+        covariates: Of `design.covariate_matrix`, [n, q]; predicted from the first view and from DNA.
         families: Family of each person.
         blocks: Exchangeability blocks, for example the site.
         n_permutations: As in `retrieval_metrics`.
@@ -248,8 +247,9 @@ def baseline_rows(
         seed: Of both.
 
     Returns:
-        Rows with `name`, the numbers of `retrieval_metrics` for brain to DNA, and of the other
-        direction `auc_dna_to_brain` and `p_value_dna_to_brain`; ridge-CCA adds `chosen` and `rho`.
+        Rows with `name` ("ridge-CCA, " and the view's, or "covariates only"), the numbers of
+        `retrieval_metrics` for brain to DNA, and of the other direction `auc_dna_to_brain` and
+        `p_value_dna_to_brain`; ridge-CCA adds `chosen` and `rho`.
     """
     split = np.array(labels)
     train, validation, test = (split == name for name in ("train", "validation", "test"))
@@ -262,18 +262,15 @@ def baseline_rows(
         "seed": seed,
     }
     rows = []
-    views = [("ridge-CCA, encoder features", brain)]
-    if connectomes is not None:
-        views.append(("ridge-CCA, connectome (Pearson FC, PCA)", fill_missing(connectomes, train)))
-    for name, view in views:
-        if view is not None:
-            model = RidgeCCA().fit(view[train], dna[train], view[validation], dna[validation])
-            row = _row(name, model.scores(view[test], dna[test]), about)
-            rows.append(row | {"chosen": model.chosen_, "rho": model.rho_.tolist()})
-    if covariates is not None and brain is not None and covariates.shape[1]:
-        rows.append(
-            _row("covariates only", covariate_scores(brain, dna, covariates, labels), about)
-        )
+    filled = {name: fill_missing(view, train) for name, view in views.items()}
+    for name, view in filled.items():
+        model = RidgeCCA().fit(view[train], dna[train], view[validation], dna[validation])
+        row = _row(f"ridge-CCA, {name}", model.scores(view[test], dna[test]), about)
+        rows.append(row | {"chosen": model.chosen_, "rho": model.rho_.tolist()})
+    if covariates is not None and covariates.shape[1]:
+        first = next(iter(filled.values()))
+        scores = covariate_scores(first, dna, covariates, labels)
+        rows.append(_row("covariates only", scores, about))
     return rows
 
 

@@ -48,7 +48,7 @@ def group_folds(
     return fold[families]
 
 
-def design_matrix(subjects: pl.DataFrame, columns: Sequence[str]) -> np.ndarray:
+def covariate_matrix(subjects: pl.DataFrame, columns: Sequence[str]) -> np.ndarray:
     """Covariates as numbers [n, q]: standardised, or one column a level but the first.
 
     A missing number becomes the mean and gets an indicator column; a missing label is a level.

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from brainfusion.eval.design import design_matrix, group_folds
+from brainfusion.eval.design import covariate_matrix, group_folds
 from brainfusion.eval.linear import FeatureSpace, LogisticSearch, RidgeSearch, log_loss
 from brainfusion.eval.statistics import (
     block_permutations,
@@ -303,7 +303,7 @@ def _probe_group(
         names = tuple(name for name in confounds if name != target.name)
         by_confounds.setdefault(names, []).append(target)
     ones = np.ones((len(people.folds), 1))
-    used = {names: design_matrix(people.subjects, names) for names in by_confounds}
+    used = {names: covariate_matrix(people.subjects, names) for names in by_confounds}
     rows: list[dict[str, Any]] = []
     for names, members in by_confounds.items():
         if used[names].shape[1]:

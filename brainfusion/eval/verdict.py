@@ -5,33 +5,47 @@ Every sentence is computed from the results; nothing is taken on trust. The rule
 - found: permutation p below 0.01 and the 95% interval of the AUC above chance; weak: only one of
   the two, or p below 0.05; below chance: the whole interval under it, a mistake somewhere.
 - a control has failed when its AUC is more than 3 standard errors from 0.5.
-- two AUCs differ clearly when their 95% intervals do not overlap.
+- two AUCs differ clearly when their 95% intervals do not overlap; only directions that have an
+  interval are compared, each with the same direction of the other.
 - a probe goes beyond the confounds when p is below 0.05 and its interval is above chance after the
   confounds are residualised or, without such a row, above what the confounds alone predict.
 - the smallest detectable AUC is 0.5 + (1.645 + 0.842) standard errors: one-sided 5%, power 80%.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+from brainfusion.eval.rows import (
+    CONTROL_LIMIT,
+    DIRECTION_NAMES,
+    DIRECTIONS,
+    attainable,
+    beyond_confounds,
+    by_name,
+    by_target,
+    control_distance,
+    control_failed,
+    direction_of,
+    gallery_text,
+    number,
+    rounded,
+    row_p,
+    with_interval,
+)
 
 Row = Mapping[str, Any]
 Evidence = Literal["found", "weak", "none", "below"]
 
-DIRECTIONS = {"brain_to_dna": ("brain", "DNA"), "dna_to_brain": ("DNA", "brain")}
-"""Key in `results["retrieval"]` -> (what is asked with, what is searched)."""
-
-_DIRECTION_ALIASES = {"query_to_gallery": "brain_to_dna", "gallery_to_query": "dna_to_brain"}
-
-CONTROL_LIMIT = 3.0
-"""Standard errors from 0.5 that a shuffled control may be away."""
+PRETRAINED, UNTRAINED = "ridge-CCA, encoder features", "ridge-CCA, untrained encoder"
+"""The baselines that differ in nothing but the encoder's pretraining."""
 
 
 def verdict(results: Row) -> list[str]:
     """Plain sentences about a run: the finding, then what speaks for and against it.
 
-    A control that failed comes before everything else.
+    The finding comes first, then the control, how far it is from the ceiling, the baselines, the
+    strata and the probes. A control that failed comes before everything else.
 
     Args:
         results: The content of `results.json` (docs/formats.md). Parts that are missing are said
@@ -46,9 +60,12 @@ def verdict(results: Row) -> list[str]:
     sentences = [
         *(control if failed else []),
         *_headline(retrieval),
-        *_ceiling(retrieval),
+        *_leak(retrieval),
         *([] if failed else control),
+        *_ceiling(retrieval),
         *_baselines(retrieval),
+        *_pretraining(retrieval),
+        *_covariates(retrieval),
         *_strata(retrieval),
         *_probes(results.get("probes") or []),
     ]
@@ -73,116 +90,6 @@ def evidence(row: Row) -> Evidence:
     return "weak" if p < 0.05 or above else "none"
 
 
-def control_distance(control: Row) -> float:
-    """Standard errors between the shuffled control's AUC and 0.5; NaN without a standard error."""
-    error = number(control, "standard_error")
-    return abs(control["auc"] - 0.5) / error if error > 0 else math.nan
-
-
-def control_failed(retrieval: Row) -> bool:
-    """Whether a shuffled control was run and is not at chance."""
-    control = retrieval.get("shuffled_control")
-    return bool(control) and control_distance(control) > CONTROL_LIMIT
-
-
-def attainable(row: Row, metric: str = "auc") -> float:
-    """The ceiling of a metric in one direction, NaN where it is unknown.
-
-    `attainable` is the AUC, or a dict of metrics; `<metric>_attainable` is read as well.
-    """
-    ceiling = row.get("attainable")
-    if isinstance(ceiling, Mapping):
-        return number(ceiling, metric)
-    if metric == "auc":
-        return number(row, "attainable")
-    return number(row, f"{metric}_attainable")
-
-
-def direction_of(row: Row) -> str | None:
-    """The direction that a baseline's or stratum's row is about, a key of `DIRECTIONS`."""
-    name = str(row.get("direction", ""))
-    name = _DIRECTION_ALIASES.get(name, name)
-    return name if name in DIRECTIONS else None
-
-
-def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows that have an AUC, by name: one a direction, or one in all."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if math.isfinite(number(row, "auc")):
-            groups.setdefault(str(row["name"]), []).append(row)
-    return groups
-
-
-_TAKEN_OUT = re.compile(r"\s*\|\s*confounds$|[\s,(]*\bresiduali[sz]ed( for [^)]*)?\)?")
-
-
-def base_name(features: str) -> str:
-    """A probe's representation without the mark that the confounds were taken out.
-
-    >>> base_name("connectome | confounds"), base_name("connectome, residualised")
-    ('connectome', 'connectome')
-    """
-    return _TAKEN_OUT.sub("", features).strip(" ,") or features
-
-
-def is_residualised(features: str) -> bool:
-    """Whether a probe's row has the confounds taken out."""
-    return base_name(features) != features
-
-
-def is_confounds(features: str) -> bool:
-    """Whether a probe's row is predicted from the confounds alone."""
-    return features.lower().startswith("confound") and not is_residualised(features)
-
-
-def main_metric(rows: Sequence[Row]) -> str:
-    """The metric by which the probes of one target are judged, when rows hold several."""
-    names = [str(row.get("metric", "")) for row in rows]
-    known = ("r2", "auroc", "balanced_accuracy", "r", "accuracy")
-    return next((name for name in known if name in names), names[0])
-
-
-def number(row: Row, key: str, default: float = math.nan) -> float:
-    """A float from a row whose value may be missing or null."""
-    value = row.get(key)
-    return default if value is None or isinstance(value, (str, Mapping)) else float(value)
-
-
-def with_interval(row: Row, key: str = "auc", digits: int = 2) -> str:
-    """A value with its interval, if it has one.
-
-    >>> with_interval({"auc": 0.834, "ci_low": 0.8, "ci_high": 0.86})
-    '0.83 [0.80, 0.86]'
-    """
-    value, low, high = number(row, key), number(row, "ci_low"), number(row, "ci_high")
-    if math.isnan(value):
-        return "unknown"
-    bounds = "" if math.isnan(low + high) else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{value:.{digits}f}{bounds}"
-
-
-def p_text(p: float) -> str:
-    """A p-value in words; never "p = 0", which no permutation test can give.
-
-    >>> p_text(0.3125), p_text(0.00001)
-    ('p = 0.31', 'p < 0.0001')
-    """
-    if math.isnan(p):
-        return "p not computed"
-    if p < 1e-4:
-        return "p < 0.0001"
-    return f"p = {p:.2f}" if p >= 0.095 else f"p = {p:.2g}"
-
-
-def people(row: Row) -> str:
-    """The gallery in words, in the unit that the row names."""
-    unit = str(row.get("unit", "person"))
-    plural = "people" if unit == "person" else f"{unit}s"
-    size = f"{int(row['n_gallery']):,} {plural}" if row.get("n_gallery") else "unknown size"
-    return f"a gallery of {size}"
-
-
 def smallest_detectable(row: Row) -> float:
     """The AUC that a one-sided 5% test detects with power 80%, given this row's uncertainty.
 
@@ -195,34 +102,35 @@ def smallest_detectable(row: Row) -> float:
     return 0.5 + (1.645 + 0.842) * max([e for e in errors if not math.isnan(e)], default=math.nan)
 
 
-def ceiling_text(row: Row) -> str:
-    """What could be attained, in words; empty where it is unknown."""
-    ceiling, from_bold = attainable(row), number(row, "attainable_from_bold")
-    if math.isnan(ceiling):
-        return ""
-    more = f" ({from_bold:.2f} from these recordings)" if math.isfinite(from_bold) else ""
-    return f"attainable {ceiling:.2f}{more}"
+# -- the finding -------------------------------------------------------------------------------
 
 
 def _headline(retrieval: Row) -> list[str]:
     rows = {name: retrieval[name] for name in DIRECTIONS if retrieval.get(name)}
     if not rows:
         return ["Nothing can be said about the alignment yet: no retrieval was run."]
-    if len(rows) == 2 and all(evidence(row) == "none" for row in rows.values()):
+    kinds = {evidence(row) for row in rows.values()}
+    if len(rows) == 2 and kinds in ({"found"}, {"none"}):
         brain, dna = (rows[name] for name in DIRECTIONS)
+        aucs, p_values = (with_interval(brain), with_interval(dna)), (row_p(brain), row_p(dna))
+        if kinds == {"none"}:
+            return [
+                f"No evidence of alignment: AUC {aucs[0]}, {p_values[0]} from brain to DNA and "
+                f"AUC {aucs[1]}, {p_values[1]} from DNA to brain, in {gallery_text(brain)}; "
+                f"{_detectable(brain)}."
+            ]
+        same = p_values[0] == p_values[1]
+        p = f"both {p_values[0]}" if same else f"{p_values[0]} and {p_values[1]}"
         return [
-            f"No evidence of alignment: AUC {with_interval(brain)}, {_p(brain)} from brain to DNA "
-            f"and AUC {with_interval(dna)}, {_p(dna)} from DNA to brain, in {people(brain)}; "
-            f"{_detectable(brain)}."
+            "A person's brain finds their own DNA better than chance, and their DNA their brain: "
+            f"AUC {aucs[0]} and {aucs[1]} in {gallery_text(brain)}, {p}."
         ]
     return [_direction(name, row) for name, row in rows.items()]
 
 
 def _direction(name: str, row: Row) -> str:
     query, found = DIRECTIONS[name]
-    numbers = f"AUC {with_interval(row)} in {people(row)}, {_p(row)}"
-    if ceiling := ceiling_text(row):
-        numbers += f"; {ceiling}"
+    numbers = f"AUC {with_interval(row)} in {gallery_text(row)}, {row_p(row)}"
     match evidence(row):
         case "found":
             return f"The {query} of a person finds their own {found} better than chance: {numbers}."
@@ -249,34 +157,40 @@ def _detectable(row: Row) -> str:
     )
 
 
-def _ceiling(retrieval: Row) -> list[str]:
-    """A learner above its ceiling is a leak; below it, the share of the way is worth saying."""
-    shares: dict[str, list[float]] = {"attainable": [], "attainable_from_bold": []}
-    sentences = []
-    for name, (query, found) in DIRECTIONS.items():
-        row = retrieval.get(name) or {}
-        ceiling = attainable(row)
-        if number(row, "ci_low") > ceiling:
-            sentences.append(
-                f"TOO GOOD: from {query} to {found} the AUC {with_interval(row)} is above the "
-                f"attainable {ceiling:.2f}. Information leaks from somewhere; do not use these "
-                "figures before it is found."
-            )
-        elif row and evidence(row) == "found":
-            for key, value in (("attainable", ceiling), ("attainable_from_bold", math.nan)):
-                top = number(row, key) if math.isnan(value) else value
-                if top > 0.5:
-                    shares[key].append((row["auc"] - 0.5) / (top - 0.5))
-    texts = {
-        "attainable": "to what a perfect model of perfectly measured people could attain",
-        "attainable_from_bold": "to what could be read from these recordings",
-    }
-    parts = [
-        f"{min(sum(values) / len(values), 1.0):.0%} of the way from chance {texts[key]}"
-        for key, values in shares.items()
-        if values
+def _leak(retrieval: Row) -> list[str]:
+    """A learner above its ceiling knows something that it should not."""
+    rows = {name: retrieval[name] for name in DIRECTIONS if retrieval.get(name)}
+    return [
+        f"TOO GOOD: from {DIRECTION_NAMES[name]} the AUC {with_interval(row)} is above the "
+        f"attainable {rounded(attainable(row))}. Information leaks from somewhere; do not use "
+        "these figures before it is found."
+        for name, row in rows.items()
+        if number(row, "ci_low") > attainable(row)
     ]
-    return [*sentences, *([f"That is {', and '.join(parts)}."] if parts else [])]
+
+
+def _ceiling(retrieval: Row) -> list[str]:
+    """How much of the way from chance to the ceiling a finding has come."""
+    texts = {
+        "attainable": "with a perfect model of perfectly measured people",
+        "attainable_from_bold": "from these recordings",
+    }
+    found = [retrieval[name] for name in DIRECTIONS if retrieval.get(name)]
+    found = [row for row in found if evidence(row) == "found"]
+    parts, shares = [], []
+    for key, text in texts.items():
+        tops = [attainable(row) if key == "attainable" else number(row, key) for row in found]
+        known = [(row["auc"], top) for row, top in zip(found, tops, strict=True) if top > 0.5]
+        if known:
+            share = sum((auc - 0.5) / (top - 0.5) for auc, top in known) / len(known)
+            parts.append(f"{rounded(sum(top for _, top in known) / len(known))} {text}")
+            shares.append(f"{min(share, 1.0):.0%}")
+    if not parts:
+        return []
+    return [
+        f"Attainable is an AUC of {' and '.join(parts)}: this run has come "
+        f"{' and '.join(dict.fromkeys(shares))} of the way there from chance."
+    ]
 
 
 def _control(retrieval: Row) -> list[str]:
@@ -300,8 +214,23 @@ def _control(retrieval: Row) -> list[str]:
     ]
 
 
+# -- against simpler methods -------------------------------------------------------------------
+
+
+def best_baseline(retrieval: Row) -> str | None:
+    """The name of the baseline with the highest AUC, over the directions that have an interval."""
+    groups = by_name(retrieval.get("baselines") or [])
+    return max(groups, key=lambda name: _mean(groups[name])["auc"], default=None)
+
+
+def _comparable(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows with an interval, if there are any: others cannot be compared."""
+    return [row for row in rows if math.isfinite(number(row, "ci_low"))] or rows
+
+
 def _mean(rows: Sequence[Row]) -> Row:
     """AUC and bounds averaged over directions, which share their people: bounds do not shrink."""
+    rows = _comparable(rows)
     means = {
         key: sum(number(row, key) for row in rows) / len(rows)
         for key in ("auc", "ci_low", "ci_high")
@@ -310,10 +239,17 @@ def _mean(rows: Sequence[Row]) -> Row:
 
 
 def _aligner(retrieval: Row, like: Sequence[Row]) -> Row | None:
-    """The aligner's own figures, averaged over the directions that `like` has."""
-    asked = {direction_of(row) for row in like} - {None} or set(DIRECTIONS)
+    """The aligner's own figures, averaged over the directions that `like` is compared in."""
+    asked = {direction_of(row) for row in _comparable(like)} - {None} or set(DIRECTIONS)
     rows = [retrieval[name] for name in DIRECTIONS if retrieval.get(name) and name in asked]
     return _mean(rows) if rows else None
+
+
+def _in_words(rows: Sequence[Row]) -> str:
+    """The mean AUC, and of which direction it is if it is one alone."""
+    asked = {direction_of(row) for row in _comparable(rows)} - {None}
+    one = f" from {DIRECTION_NAMES[str(next(iter(asked)))]}" if len(asked) == 1 else ""
+    return f"AUC {with_interval(_mean(rows))}{one}"
 
 
 def _found(retrieval: Row) -> bool:
@@ -321,15 +257,12 @@ def _found(retrieval: Row) -> bool:
 
 
 def _baselines(retrieval: Row) -> list[str]:
-    groups = by_name(retrieval.get("baselines") or [])
-    if not groups:
+    groups, best = by_name(retrieval.get("baselines") or []), best_baseline(retrieval)
+    ours = _aligner(retrieval, groups[best]) if best else None
+    if best is None or ours is None:
         return []
-    means = {name: _mean(rows) for name, rows in groups.items()}
-    best = max(means, key=lambda name: means[name]["auc"])
-    theirs, ours = means[best], _aligner(retrieval, groups[best])
-    if ours is None:
-        return []
-    name, own = f"{best} (AUC {with_interval(theirs)})", f"AUC {with_interval(ours)}"
+    theirs = _mean(groups[best])
+    name, own = f"{best} ({_in_words(groups[best])})", f"AUC {with_interval(ours)}"
     if not _found(retrieval) and number(theirs, "ci_low") <= 0.5:
         return [f"The baselines find nothing either; the best is {name}."]
     if ours["auc"] <= theirs["auc"]:
@@ -344,6 +277,40 @@ def _baselines(retrieval: Row) -> list[str]:
         f"The aligner ({own}) is ahead of the best baseline, {name}, but the intervals overlap: "
         "the difference may be chance."
     ]
+
+
+def _pretraining(retrieval: Row) -> list[str]:
+    """Whether the pretrained encoder's features do better than those of an untrained one."""
+    groups = by_name(retrieval.get("baselines") or [])
+    if not {PRETRAINED, UNTRAINED} <= groups.keys():
+        return []
+    trained, raw = _mean(groups[PRETRAINED]), _mean(groups[UNTRAINED])
+    numbers = (
+        f"with ridge-CCA on the encoder's features {_in_words(groups[PRETRAINED])}, on those of "
+        f"the same encoder untrained AUC {with_interval(raw)}"
+    )
+    if max(number(trained, "ci_low"), number(raw, "ci_low")) <= 0.5:
+        return [f"Neither pretrained nor untrained features find anything: {numbers}."]
+    if number(trained, "ci_low") > number(raw, "ci_high"):
+        return [f"Pretraining helps: {numbers}."]
+    if number(trained, "ci_high") < number(raw, "ci_low"):
+        return [f"Pretraining hurts: {numbers}."]
+    if trained["auc"] > raw["auc"]:
+        return [f"Whether pretraining helps is open, for the intervals overlap: {numbers}."]
+    return [f"Pretraining does not help here: {numbers}."]
+
+
+def _covariates(retrieval: Row) -> list[str]:
+    """Warns when the covariates alone find the partner."""
+    sentences = []
+    for name, rows in by_name(retrieval.get("baselines") or []).items():
+        alone = name.lower().startswith(("covariate", "confound"))
+        if alone and number(_mean(rows), "ci_low") > 0.5:
+            sentences.append(
+                f"Warning: {name} already finds the partner, {_in_words(rows)}. That much of the "
+                "alignment needs neither brain nor DNA."
+            )
+    return sentences
 
 
 def _strata(retrieval: Row) -> list[str]:
@@ -362,54 +329,46 @@ def _strata(retrieval: Row) -> list[str]:
             continue
         lost = ", no longer told apart from chance" if number(mean, "ci_low") <= 0.5 else ""
         sentences.append(
-            f"Warning: among people of one stratum ({name}) the AUC drops from {ours['auc']:.2f} "
-            f"to {with_interval(mean)}{lost}. What differs between strata explains part of the "
-            "alignment: it may be confounding."
+            f"Warning: among people of one stratum ({name}) the AUC drops from "
+            f"{rounded(ours['auc'])} to {with_interval(mean)}{lost}. What differs between strata "
+            "explains part of the alignment: it may be confounding."
         )
     if held:
-        low, high = min(held.values()), max(held.values())
-        spread = f"{low:.2f}" + (f" to {high:.2f}" if f"{low:.2f}" != f"{high:.2f}" else "")
-        sentences.append(f"The alignment holds within strata: AUC {spread} ({', '.join(held)}).")
+        ends = dict.fromkeys(rounded(value) for value in (min(held.values()), max(held.values())))
+        sentences.append(
+            f"The alignment holds within strata: AUC {' to '.join(ends)} ({', '.join(held)})."
+        )
     return sentences
+
+
+# -- probes ------------------------------------------------------------------------------------
 
 
 def _probes(rows: Sequence[Row]) -> list[str]:
     """How many targets each representation predicts beyond the confounds."""
-    targets: dict[str, list[Row]] = {}
-    for row in rows:
-        if math.isfinite(number(row, "value")):
-            targets.setdefault(str(row["target"]), []).append(row)
+    targets = by_target(rows)
     predicted: dict[str, list[str]] = {}
     for target, group in targets.items():
-        metric = main_metric(group)
-        mine = {str(r["features"]): r for r in group if str(r.get("metric", "")) == metric}
-        alone = [number(r, "value") for name, r in mine.items() if is_confounds(name)]
-        residualised = {base_name(name) for name in mine if is_residualised(name)}
-        for name, row in mine.items():
-            base = base_name(name)
-            if is_confounds(name) or (base in residualised and not is_residualised(name)):
-                continue
-            floor = number(row, "chance", 0.0)
-            floor = floor if is_residualised(name) else max([floor, *alone])
-            names = predicted.setdefault(base, [])
-            if number(row, "ci_low") > floor and number(row, "p_value", 0.0) < 0.05:
-                names.append(target)
+        for base, beyond in beyond_confounds(group).items():
+            predicted.setdefault(base, []).extend([target] * beyond)
     if not predicted:
         return []
     n = len(targets)
     if not any(predicted.values()):
         return [f"Probes predict none of {n} targets beyond the confounds."]
-    parts = [
-        f"{base} {len(names)} of {n}"
-        + (f" ({_some(names)})" if names and len(predicted) <= 3 else "")
-        for base, names in predicted.items()
+    some = sorted((base for base in predicted if predicted[base]), key=lambda b: -len(predicted[b]))
+    parts = [f"{base} {len(predicted[base])} ({_some(predicted[base])})" for base in some]
+    none = [base for base, names in predicted.items() if not names]
+    parts += [f"{_and(none)} none"] if none else []
+    return [
+        f"Of {n} targets, probes predict beyond the confounds (each at p < 0.05): "
+        f"{'; '.join(parts)}."
     ]
-    return [f"Targets that probes predict beyond the confounds: {'; '.join(parts)}."]
 
 
 def _some(names: list[str], n: int = 4) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-def _p(row: Row) -> str:
-    return p_text(number(row, "p_value"))
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,5 +1,7 @@
 """Training checkpoints: folders that are whole or absent, the newest found by name."""
 
+import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from brainfusion.runtime.errors import CheckpointError
-from brainfusion.runtime.files import atomic_folder, read_json, write_json
+from brainfusion.runtime.errors import CheckpointError, UserError
+from brainfusion.runtime.files import atomic_folder, read_json, set_default_mode, write_json
 
 FORMAT = 1
 
@@ -24,25 +26,48 @@ def save(
     state: dict[str, Any],
     keep_last: int = 2,
 ) -> Path:
-    """Write `run_dir/checkpoints/step-NNNNNNN`, then drop all but the newest `keep_last`."""
+    """Write `run_dir/checkpoints/step-NNNNNNN`, then drop all but the newest `keep_last`.
+
+    What an earlier process left of a checkpoint when it was killed is cleared away.
+
+    Raises:
+        UserError: The disk is full or not writable; the checkpoints before it are untouched.
+    """
+    assert keep_last >= 1
+    for remains in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(remains, ignore_errors=True)
     target = run_dir / "checkpoints" / f"step-{step:07d}"
-    with atomic_folder(target) as folder:
-        save_weights(folder / "model.safetensors", weights)
-        torch.save(optimizer, folder / "optimizer.pt")
-        write_json(folder / "state.json", {"format": FORMAT, "step": step, **state})
+    try:
+        with atomic_folder(target) as folder:
+            save_weights(folder / "model.safetensors", weights)
+            _save_optimizer(folder / "optimizer.pt", optimizer)
+            write_json(folder / "state.json", {"format": FORMAT, "step": step, **state})
+    except OSError as error:
+        raise _unwritten(target, error.strerror) from error
     for old in steps(run_dir)[:-keep_last]:
         shutil.rmtree(old)
     return target
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors."""
-    save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, path)
+    """Write tensors as safetensors.
+
+    Raises:
+        UserError: The disk is full or not writable.
+    """
+    whole = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    try:
+        save_file(whole, path)
+    except SafetensorError as error:
+        raise _unwritten(path, error) from error
+    set_default_mode(path)
 
 
 def steps(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    found = (run_dir / "checkpoints").glob("step-*")
+    named = [path for path in found if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest(path: Path) -> Path:
@@ -83,15 +108,45 @@ def load_state(path: Path) -> dict[str, Any]:
     file = path / "state.json"
     if not file.exists():
         raise CheckpointError(f"{path} is not a checkpoint: it has no state.json.")
-    state = read_json(file)
-    if state.get("format") != FORMAT:
+    try:
+        state = read_json(file)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
         raise CheckpointError(
-            f"{file} has format {state.get('format')}, this version reads {FORMAT}: "
-            "use the brainfusion version that wrote it."
+            f"{file} has format {found}, this version reads {FORMAT}: use the brainfusion version "
+            "that wrote it."
         )
     return state
 
 
 def load_optimizer(path: Path) -> dict[str, Any]:
-    """Read the optimizer's state of a checkpoint folder."""
-    return torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+    """Read the optimizer's state of a checkpoint folder.
+
+    Raises:
+        CheckpointError: The file is absent or truncated.
+    """
+    file = path / "optimizer.pt"
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, FileNotFoundError) as error:
+        raise CheckpointError(
+            f"{file} is absent, truncated or not an optimiser's state: remove {path} to resume "
+            "from the checkpoint before it, or pass --restart."
+        ) from error
+
+
+def _save_optimizer(path: Path, optimizer: dict[str, Any]) -> None:
+    try:
+        torch.save(optimizer, path)
+    except RuntimeError as error:  # what torch makes of a failed write
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, reason: object) -> UserError:
+    text = " ".join(str(reason).split())
+    return UserError(
+        f"cannot write {path} ({text}): free space and check the folder's permissions; a run goes "
+        "on from its last checkpoint when it is started again."
+    )

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,7 +90,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path} does not exist: --config expects a YAML file, for example the config.yaml "
             "of an earlier run."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {text}.") from error
     if not isinstance(values, dict):
@@ -104,9 +105,7 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         rest = [option for option in options if option is not type(None)]
-        if len(rest) == 1:
-            return _convert(rest[0], value, where=where)
-        return value
+        return _convert_any(rest, value, where=where)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where=where)
     if origin is typing.Literal:
@@ -118,11 +117,16 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}={value!r}: expected a list.")
         inner = typing.get_args(hint)
-        if len(inner) == 2 and inner[1] is ...:
-            return tuple(_convert(inner[0], item, where=where) for item in value)
-        return tuple(value)
+        if inner[1:] == (...,):
+            inner = inner[:1] * len(value)
+        if len(inner) != len(value):
+            raise UserError(f"{where}={value!r}: expected {len(inner)} values, got {len(value)}.")
+        return tuple(
+            _convert(kind, item, where=f"{where}[{i}]")
+            for i, (kind, item) in enumerate(zip(inner, value, strict=True))
+        )
     if hint is Path:
-        return Path(value)
+        return Path(_convert(str, value, where=where))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):
@@ -134,3 +138,19 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     if hint in (int, float, str, bool) and type(value) is not hint:
         raise UserError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}.")
     return value
+
+
+def _convert_any(options: Sequence[Any], value: Any, *, where: str) -> Any:
+    """Convert to the first of several types that fits; a mapping must fit one config alone."""
+    fits, errors = [], []
+    for option in options:
+        try:
+            fits.append(_convert(option, value, where=where))
+        except UserError as error:
+            errors.append(error)
+    if not fits:
+        raise errors[0]
+    if len(fits) > 1 and isinstance(value, dict):
+        names = " and ".join(type(fit).__name__ for fit in fits)
+        raise UserError(f"{where}: the keys fit {names}: give more of them.")
+    return fits[0]

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from brainfusion.runtime.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
@@ -75,9 +77,21 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def _device(name: str, local_rank: int) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+    """The device of this process: 'auto' and 'cuda' give each local rank its own."""
+    n_cuda = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if n_cuda else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device '{name}' is unknown: use auto, cpu or cuda.") from None
+    if device.type != "cuda":
+        return device
+    index = local_rank if device.index is None else device.index
+    if index >= n_cuda:
+        raise UserError(
+            f"process {local_rank} wants CUDA device {index} but this machine has {n_cuda}: use "
+            "--device cpu, or start as many processes as there are devices."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -12,6 +12,10 @@ class CheckpointError(UserError):
     """A checkpoint that is truncated, of another model, or of another configuration."""
 
 
+class NonFiniteError(UserError, FloatingPointError):
+    """A loss or gradient that is NaN or infinite."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the known word nearest to `name`, or lists them all.
 

@@ -23,14 +23,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield aside
-        aside.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            target.rename(old / target.name)
-            aside.rename(target)
-            shutil.rmtree(old)
-        else:
-            aside.rename(target)
+        set_default_mode(aside)
+        _move_into_place(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -47,7 +41,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     aside = Path(name)
     try:
         yield aside
-        aside.chmod(0o666 & ~_umask())
+        set_default_mode(aside)
         aside.replace(target)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -98,7 +92,24 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def _umask() -> int:
+def set_default_mode(path: Path) -> None:
+    """Permissions as of any new file or folder: temporary ones are readable by the owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _move_into_place(aside: Path, target: Path) -> None:
+    if not target.exists():
+        aside.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        try:
+            aside.rename(target)
+        except BaseException:
+            (old / target.name).rename(target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,7 @@
 """What a run says: one JSON object a step in a file, short lines on the terminal."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ class Progress:
     def __init__(self, label: str, n_steps: int, *, start: int = 0, active: bool = True) -> None:
         self._label, self._n_steps, self._start, self._active = label, n_steps, start, active
         self._begin = self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def update(self, step: int, note: str = "") -> None:
         """Show `step` of the whole, unless it was shown a moment ago."""

@@ -21,9 +21,16 @@ def available_cores() -> int:
 
 
 def use_threads(n_threads: int = 0, *, n_processes: int = 1) -> int:
-    """Set torch's threads for this process; 0 shares the cores among `n_processes` on it."""
+    """Set torch's threads for this process.
+
+    0 takes OMP_NUM_THREADS where it is set for a single process, and otherwise shares the cores
+    among the `n_processes` (torchrun sets OMP_NUM_THREADS=1 for each of several, whatever there
+    is).
+    """
     import torch
 
+    if not n_threads and n_processes == 1:
+        n_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
     n_threads = n_threads or max(1, available_cores() // n_processes)
     torch.set_num_threads(n_threads)
     return n_threads

@@ -133,7 +133,8 @@ def test_baselines_find_a_coupling_and_nothing_in_shuffled_pairs() -> None:
     connectomes = (brain @ rng.standard_normal((60, 200))).astype(np.float32)
     connectomes[::7, 3] = np.nan
     about = {"labels": split(600), "n_permutations": 99, "n_bootstrap": 100}
-    rows = baseline_rows(brain=brain, connectomes=connectomes, dna=dna, **about)
+    views = {"encoder features": brain, "connectome (Pearson FC, PCA)": connectomes}
+    rows = baseline_rows(views, dna, **about)
     assert [row["name"] for row in rows] == [
         "ridge-CCA, encoder features",
         "ridge-CCA, connectome (Pearson FC, PCA)",
@@ -143,7 +144,7 @@ def test_baselines_find_a_coupling_and_nothing_in_shuffled_pairs() -> None:
         assert row["p_value"] == row["p_value_dna_to_brain"] == 0.01
         assert row["ci_low"] < row["auc"] < row["ci_high"]
         assert (row["n_gallery"], row["recall_at_10_chance"]) == (120, pytest.approx(10 / 120))
-    (control,) = baseline_rows(brain=brain, dna=rng.permutation(dna), **about)
+    (control,) = baseline_rows({"brain": brain}, rng.permutation(dna), **about)
     assert abs(control["auc"] - 0.5) < 3 * control["standard_error"]
 
 

@@ -5,7 +5,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
-from brainfusion.eval.design import design_matrix, group_folds
+from brainfusion.eval.design import covariate_matrix, group_folds
 from brainfusion.eval.linear import (
     FeatureSpace,
     LogisticSearch,
@@ -235,7 +235,7 @@ def test_fold_auroc_compares_people_of_one_fold_only() -> None:
 
 def test_design_matrix_gives_missing_values_their_own_column() -> None:
     table = pl.DataFrame({"age": [1.0, 2.0, None, 3.0], "site": ["A", "B", None, "A"]})
-    design = design_matrix(table, ["age", "site"])
+    design = covariate_matrix(table, ["age", "site"])
     assert design.shape == (4, 4)
     np.testing.assert_array_equal(design[:, 1], [0, 0, 1, 0])
     assert design[2, 0] == 0
