@@ -71,9 +71,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one[0], int(options.one[1]), options.threads)))
         return
-    print(
-        f"{'n':>7} {'loss':<16} {'CPU s':>8} {'x ours':>7} {'grown MiB':>10} {'8n2d bound / CPU s':>19}"
-    )
+    print(f"{'n':>7} {'loss':<16} {'CPU s':>8} {'x ours':>7} {'grown MiB':>10} {'bound/CPU':>10}")
     for n in options.sizes:
         base = None
         for name in LOSSES:
@@ -85,7 +83,7 @@ def main() -> None:
             base = base or row["cpu_s"]
             print(
                 f"{n:>7} {name:<16} {row['cpu_s']:>8.3f} {row['cpu_s'] / base:>7.2f} "
-                f"{row['grown_mib']:>10.0f} {row['bound_s'] / row['cpu_s']:>19.2f}",
+                f"{row['grown_mib']:>10.0f} {row['bound_s'] / row['cpu_s']:>14.2f}",
                 flush=True,
             )
 

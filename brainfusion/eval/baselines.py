@@ -239,7 +239,7 @@ def baseline_rows(
             NaN are filled from the training people.
         dna: DNA features, flattened, [n, e].
         labels: "train", "validation" or "test" of each person; others are not used.
-        covariates: Of `design.covariate_matrix`, [n, q]; predicted from the first view and from DNA.
+        covariates: Of `design.covariate_matrix`, [n, q]; predicted from the first view and DNA.
         families: Family of each person.
         blocks: Exchangeability blocks, for example the site.
         n_permutations: As in `retrieval_metrics`.
