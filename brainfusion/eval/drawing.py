@@ -5,7 +5,6 @@ matplotlib is loaded on first use, and only its Figure: nothing global is change
 
 import io
 import re
-import textwrap
 import warnings
 from collections.abc import Sequence
 from html import escape
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, INK, GREY = "#56B4E9", "#CC79A7", "#222222", "#8a8a8a"
 BRAIN, DNA, CEILING = BLUE, VERMILLION, GREEN
+DIRECTION_COLOURS = {"brain_to_dna": BRAIN, "dna_to_brain": DNA}
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -77,20 +77,6 @@ def legend(axes: "Axes", *, n_columns: int = 3, first: Sequence[str] = ()) -> No
     )
     for text in box.get_texts():
         text.set_parse_math(False)
-
-
-def row_labels(axes: "Axes", labels: Sequence[tuple[str, bool]]) -> None:
-    """Names down the left, first on top; headings in bold."""
-    axes.set_yticks(
-        range(len(labels)), ["\n".join(textwrap.wrap(text, 28)) or " " for text, _ in labels]
-    )
-    for tick, (_, heading) in zip(axes.get_yticklabels(), labels, strict=True):
-        tick.set_fontweight("bold" if heading else "normal")
-        tick.set_parse_math(False)
-        tick.set_linespacing(0.95)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
 
 
 def to_svg(figure: "Figure", *, name: str, label: str) -> str:

@@ -18,40 +18,24 @@ from brainfusion.eval.drawing import (
     BLUE,
     BRAIN,
     CEILING,
+    DIRECTION_COLOURS,
     DNA,
     GREEN,
     GREY,
     INK,
-    ORANGE,
-    PURPLE,
-    SKY,
     VERMILLION,
     legend,
     new_axes,
     percent,
-    row_labels,
     style,
     to_svg,
 )
-from brainfusion.eval.verdict import (
-    CONTROL_LIMIT,
-    DIRECTIONS,
-    attainable,
-    base_name,
-    direction_of,
-    is_confounds,
-    is_residualised,
-    number,
-)
+from brainfusion.eval.rows import DIRECTION_NAMES, DIRECTIONS, attainable, bar_ends, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
-
-DIRECTION_COLOURS = {"brain_to_dna": BRAIN, "dna_to_brain": DNA}
-DIRECTION_NAMES = {"brain_to_dna": "brain to DNA", "dna_to_brain": "DNA to brain"}
-MARKERS = "osD^vP"
 
 _MAX_LINE_POINTS = 300
 _MAX_MAP_PEOPLE = 500
@@ -59,7 +43,10 @@ _MAX_VECTOR_MARKS = 400
 
 
 def losses(rows: Sequence[Row], *, name: str, label: str, best_step: int | None = None) -> str:
-    """Training and validation loss against the step; with `log_n` in the rows, that line as well.
+    """Training and validation loss against the step, beside the loss of knowing nothing.
+
+    That is `log_n` or `loss_of_mean_target`, where the rows have it. Losses over many orders of
+    magnitude are drawn on a log scale; a start far above all the rest is cut off and written down.
 
     Args:
         rows: Rows of a `metrics.jsonl`; rows without a key are left out of its curve.
@@ -69,22 +56,51 @@ def losses(rows: Sequence[Row], *, name: str, label: str, best_step: int | None 
     """
     with style():
         figure, axes = new_axes(2.5)
-        for key, text, colour, width in (
-            ("loss", "training", BLUE, 1.0),
-            ("validation_loss", "validation", VERMILLION, 1.6),
-        ):
+        curves = []
+        looks: list[tuple[str, str, str, dict[str, Any]]] = [
+            ("loss", "training", BLUE, {"lw": 1.0}),
+            ("validation_loss", "validation", VERMILLION, {"lw": 1.6, "ms": 3}),
+            ("loss_of_mean_target", "guessing the mean target", GREEN, {"lw": 1.2, "ls": "-."}),
+            ("log_n", "log N (guessing)", GREY, {"lw": 1.0, "ls": "--"}),
+        ]
+        for key, text, colour, look in looks:
             steps, values = _curve(rows, key)
             if len(steps):
-                marker = "o" if len(steps) <= 12 else None
-                axes.plot(steps, values, color=colour, lw=width, label=text, marker=marker, ms=3)
-        steps, values = _curve(rows, "log_n")
-        if len(steps):
-            axes.plot(steps, values, color=GREY, lw=1.0, ls="--", label="log N (guessing)")
+                curves.append((steps, values))
+                marker = "o" if len(steps) <= 12 and "ms" in look else None
+                axes.plot(steps, values, color=colour, label=text, marker=marker, **look)
         _mark_best(axes, best_step)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss" if not len(steps) else "loss (nats)")
+        nats = any("log_n" in row and row["log_n"] is not None for row in rows)
+        axes.set_ylabel("loss (nats)" if nats else "loss")
+        if curves:
+            _loss_scale(axes, *map(np.concatenate, zip(*curves, strict=True)))
         legend(axes)
         return to_svg(figure, name=name, label=label)
+
+
+def _loss_scale(axes: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
+    """A log scale for a wide range; else the top at what comes after the first 2% of the steps."""
+    lowest, highest = float(values.min()), float(values.max())
+    if lowest > 0 and highest / lowest > 20:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+        axes.set_yscale("log")
+        subs = (1.0, 2.0, 5.0) if highest / lowest < 1000 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylabel(f"{axes.get_ylabel()}, log scale")
+        return
+    later = values[steps > 0.02 * steps.max()]
+    if not len(later) or highest - later.max() <= 0.35 * (later.max() - lowest):
+        return
+    span = float(later.max()) - lowest
+    axes.set_ylim(lowest - 0.05 * span, float(later.max()) + 0.16 * span)
+    first = int(steps[values.argmax()])
+    text = f"from {highest:.3g} at step {first:,}, above the scale"
+    place: Any = {"xycoords": "axes fraction", "va": "top", "ha": "right"}
+    axes.annotate(text, xy=(0.99, 0.98), **place, fontsize=8.0, color=VERMILLION)
 
 
 def validation_auc(rows: Sequence[Row], *, best_step: int | None = None) -> str:
@@ -103,7 +119,7 @@ def validation_auc(rows: Sequence[Row], *, best_step: int | None = None) -> str:
         return to_svg(figure, name="validation-auc", label=label)
 
 
-def shared_space(brain: np.ndarray, dna: np.ndarray, *, n_lines: int = 40) -> str:
+def shared_space(brain: np.ndarray, dna: np.ndarray, *, n_lines: int = 25) -> str:
     """A map of the shared space: every person's brain and DNA, lines joining some pairs.
 
     Args:
@@ -149,7 +165,8 @@ def similarity(pairs: np.ndarray, non_pairs: np.ndarray) -> str:
     """Overlaid histograms of the scores of true pairs [n] and of non-pairs [m]."""
     low = min(pairs.min(), non_pairs.min())
     high = max(pairs.max(), non_pairs.max())
-    bins = np.linspace(low, high if high > low else low + 1.0, 41)
+    n_bins = int(np.clip(4 * len(pairs) ** (1 / 3), 12, 60))
+    bins = np.linspace(low, high if high > low else low + 1.0, n_bins + 1)
     with style():
         figure, axes = new_axes(3.6)
         for scores, colour, text in ((non_pairs, GREY, "non-pairs"), (pairs, BLUE, "true pairs")):
@@ -240,121 +257,6 @@ def recall_bars(retrieval: Row, ks: Sequence[int]) -> str:
         return to_svg(figure, name="recall", label=label)
 
 
-def auc_intervals(groups: Sequence[tuple[str, Mapping[str, Sequence[Row]]]]) -> str:
-    """Dots with 95% intervals: the AUC of the aligner, baselines, control and strata.
-
-    Args:
-        groups: (heading, name -> rows, one a direction or one in all); a row has `auc` and may have
-            `direction`, `ci_low`, `ci_high`, `standard_error` (drawn as +-3 of them when there is
-            no interval), `attainable` and `attainable_from_bold`.
-    """
-    lines: list[tuple[str, Sequence[Row]]] = []
-    for heading, named in groups:
-        lines.append((heading, []))
-        lines += named.items()
-    with style():
-        figure, axes = new_axes(0.75 + 0.26 * len(lines))
-        for y, (_, rows) in enumerate(lines):
-            for i, row in enumerate(rows):
-                _interval_mark(axes, y + 0.26 * (i - (len(rows) - 1) / 2), row)
-            for row in rows[:1]:
-                for key, marks in _CEILINGS.items():
-                    value = attainable(row) if key == "attainable" else number(row, key)
-                    if math.isfinite(value):
-                        axes.plot([value], [y], **marks)
-        every = [row for _, rows in lines for row in rows]
-        for direction, marker in _DIRECTION_MARKERS.items():
-            if any(direction_of(row) == direction for row in every):
-                name, colour = DIRECTION_NAMES[direction], DIRECTION_COLOURS[direction]
-                axes.plot([], [], marker, color=colour, ms=5, label=name)
-        axes.axvline(0.5, color=GREY, lw=1.0, ls="--", zorder=0, label="chance")
-        for key, text in _CEILING_NAMES.items():
-            if any(math.isfinite(number(row, key)) for row in every):
-                axes.plot([], [], **_CEILINGS[key], label=text)
-        row_labels(axes, [(text, not rows) for text, rows in lines])
-        axes.set_xlabel("AUC, 95% interval")
-        legend(axes, n_columns=2)
-        label = "AUC: " + "; ".join(
-            f"{text} {' and '.join(format(row['auc'], '.2f') for row in rows)}"
-            for text, rows in lines
-            if rows
-        )
-        return to_svg(figure, name="auc", label=label + ". Chance is 0.50.")
-
-
-_DIRECTION_MARKERS = {"brain_to_dna": "o", "dna_to_brain": "^"}
-_CEILINGS: dict[str, dict[str, Any]] = {
-    "attainable": {"marker": "D", "color": "white", "mec": CEILING, "mew": 1.5, "ms": 5, "ls": ""},
-    "attainable_from_bold": {"marker": "|", "color": CEILING, "mew": 2.0, "ms": 10, "ls": ""},
-}
-_CEILING_NAMES = {"attainable": "attainable", "attainable_from_bold": "from recordings"}
-
-
-def _interval_mark(axes: "Axes", y: float, row: Row) -> None:
-    direction = direction_of(row)
-    colour = DIRECTION_COLOURS[direction] if direction else INK
-    low, high = _bounds(row)
-    if math.isfinite(low + high):
-        axes.plot([low, high], [y, y], color=colour, lw=1.7, solid_capstyle="butt")
-    marker = _DIRECTION_MARKERS[direction] if direction else "s"
-    axes.plot([row["auc"]], [y], marker, color=colour, ms=5.5, mec="white", mew=0.6)
-
-
-def probe_forest(rows: Sequence[Row], *, metric: str, title: str, order: Sequence[str]) -> str:
-    """A forest plot of probes: targets down, one dot and interval a representation, chance line.
-
-    Args:
-        rows: Probe rows of one metric.
-        metric: The metric's key, part of the element ids.
-        title: The metric in words, with its unit or range; the x label.
-        order: Representations (without "residualised") in drawing order, the same in all panels.
-            Residualised rows are drawn below their own, hollow.
-    """
-    targets = list(dict.fromkeys(str(row["target"]) for row in rows))
-    colours = representation_colours(order)
-    hollow = any(is_residualised(str(row["features"])) for row in rows)
-    step = 0.84 / max(len(order), 1)
-    with style():
-        figure, axes = new_axes(
-            1.0 + len(targets) * (0.16 + (0.19 if hollow else 0.15) * len(order))
-        )
-        for row in rows:
-            base, is_hollow = base_name(str(row["features"])), is_residualised(str(row["features"]))
-            i, colour = order.index(base), colours[base]
-            y = targets.index(str(row["target"])) - 0.42 + step * (i + (0.3 if hollow else 0.5))
-            y += 0.38 * step * is_hollow
-            low, high = number(row, "ci_low"), number(row, "ci_high")
-            if math.isfinite(low + high):
-                axes.plot(
-                    [low, high],
-                    [y, y],
-                    color=colour,
-                    lw=0.8 if is_hollow else 1.5,
-                    solid_capstyle="butt",
-                )
-            axes.plot(
-                [number(row, "value")], [y], MARKERS[i % len(MARKERS)], ms=4 if is_hollow else 5,
-                color="white" if is_hollow else colour, mec=colour if is_hollow else "white",
-                mew=1.0 if is_hollow else 0.5,
-            )  # fmt: skip
-        for i, name in enumerate(order):
-            axes.plot([], [], MARKERS[i % len(MARKERS)], color=colours[name], ms=5, label=name)
-        if hollow:
-            text = "hollow: confounds taken out"
-            axes.plot([], [], "o", color="white", mec=INK, mew=1.0, ms=4, label=text)
-        for value in sorted({number(row, "chance", math.inf) for row in rows} - {math.inf}):
-            axes.axvline(value, color=GREY, lw=1.0, ls="--", zorder=0)
-        axes.plot([], [], color=GREY, lw=1.0, ls="--", label="chance")
-        for line in range(1, len(targets)):
-            axes.axhline(line - 0.5, color="#dddddd", lw=0.6, zorder=0)
-        row_labels(axes, [(target, False) for target in targets])
-        axes.set_ylim(len(targets) - 0.5, -0.5)
-        axes.set_xlabel(f"{title}, 95% interval")
-        legend(axes, n_columns=2)
-        label = f"Forest plot of {title} for {len(targets)} targets: " + ", ".join(order) + "."
-        return to_svg(figure, name=f"probes-{metric}", label=label)
-
-
 def gauge(row: Row, *, label: str, colour: str = INK, low: float = 0.4) -> str:
     """A small scale from `low` to 1 with the AUC, its interval, chance and the ceiling."""
     width, middle = 240.0, 13.0
@@ -362,10 +264,12 @@ def gauge(row: Row, *, label: str, colour: str = INK, low: float = 0.4) -> str:
     def x(value: float) -> float:
         return round(6 + (width - 12) * (min(max(value, low), 1.0) - low) / (1.0 - low), 1)
 
-    left, right = _bounds(row)
+    left, right = bar_ends(row)
     parts = [
         f'<line x1="6" x2="{width - 6}" y1="{middle}" y2="{middle}" stroke="#d5d5d5"/>',
         f'<path d="M{x(0.5)} 3v20" stroke="{GREY}" stroke-dasharray="3 2"/>',
+        f'<text x="{x(0.5)}" y="35" text-anchor="middle">0.5</text>',
+        f'<text x="{width}" y="35" text-anchor="end">1</text>',
     ]
     if math.isfinite(from_bold := number(row, "attainable_from_bold")):
         parts.append(f'<path d="M{x(from_bold)} 5v16" stroke="{CEILING}" stroke-width="3"/>')
@@ -381,15 +285,9 @@ def gauge(row: Row, *, label: str, colour: str = INK, low: float = 0.4) -> str:
         )
     parts.append(f'<circle cx="{x(row["auc"])}" cy="{middle}" r="6" fill="{colour}"/>')
     return (
-        f'<svg class="gauge" viewBox="0 0 {width:.0f} 26" role="img" '
+        f'<svg class="gauge" viewBox="0 0 {width:.0f} 37" role="img" '
         f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
     )
-
-
-def representation_colours(order: Sequence[str]) -> dict[str, str]:
-    """Grey for the confounds, then Okabe-Ito colours in order."""
-    palette = iter([BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK] * (1 + len(order)))
-    return {name: GREY if is_confounds(name) else next(palette) for name in order}
 
 
 def wilson(share: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -409,14 +307,6 @@ def recall_interval(row: Row, k: int) -> tuple[float, float]:
         return low, high
     lower, upper = wilson(np.array([value]), n)
     return float(lower[0]), float(upper[0])
-
-
-def _bounds(row: Row) -> tuple[float, float]:
-    low, high = number(row, "ci_low"), number(row, "ci_high")
-    if math.isnan(low + high):
-        reach = CONTROL_LIMIT * number(row, "standard_error")
-        return row["auc"] - reach, row["auc"] + reach
-    return low, high
 
 
 def _curve(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:

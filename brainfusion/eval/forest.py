@@ -50,6 +50,8 @@ class ForestRow:
     """Marks halfway down the row: ceilings."""
     note: str = ""
     """Small, below the name."""
+    stands_out: bool = False
+    """Whether the note is good news."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,7 @@ def scale_of(
     steps = (size * factor for factor in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0))
     for step in steps:
         first, last = math.floor(bottom / step + 1e-6), math.ceil(top / step - 1e-6)
+        last = max(last, first + 1)
         if last - first < n_ticks:
             ticks = [round(i * step, 10) for i in range(first, last + 1)]
             return Scale(low=ticks[0], high=ticks[-1], ticks=ticks, chance=chance, other=other)
@@ -122,10 +125,9 @@ def forest(
         caption: Above the table.
     """
     n_cells = len(headings) - 2
-    head = "".join(
-        f"<th{' class="plot"' if i == 1 else ''}>{escape(text)}</th>"
-        for i, text in enumerate(headings)
-    )
+    name, plot, *others = (escape(text) for text in headings)
+    head = f'<th>{name}</th><th class="plot">{plot}</th>'
+    head += "".join(f"<th>{text}</th>" for text in others)
     body = "".join(_row(row, scale, n_cells) for row in rows)
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
@@ -138,7 +140,9 @@ def forest(
 def symbols() -> str:
     """The shapes, once a page: marks and keys refer to them."""
     paths = "".join(f'<path id="mark-{name}" d="{path}"/>' for name, path in _SHAPES.items())
-    return f'<svg class="symbols" aria-hidden="true" width="0" height="0"><defs>{paths}</defs></svg>'
+    return (
+        f'<svg class="symbols" aria-hidden="true" width="0" height="0"><defs>{paths}</defs></svg>'
+    )
 
 
 def key(entries: Sequence[tuple[Mark | str, str]]) -> str:
@@ -163,7 +167,8 @@ _LINES = {
 def _row(row: ForestRow, scale: Scale, n_cells: int) -> str:
     if not row.marks:
         return f'<tr class="group"><th colspan="{2 + n_cells}">{escape(row.name)}</th></tr>\n'
-    note = f'<span class="note">{escape(row.note)}</span>' if row.note else ""
+    css = "note good" if row.stands_out else "note"
+    note = f'<span class="{css}">{escape(row.note)}</span>' if row.note else ""
     cells = "".join(
         f'<td class="lines">{"".join(f"<div>{escape(text)}</div>" for text in lines)}</td>'
         for lines in row.cells

@@ -15,23 +15,26 @@ from typing import Any
 
 from brainfusion.eval import figures
 from brainfusion.eval import report_sections as sections
-from brainfusion.eval.report_tables import (
-    cohort_section,
-    provenance_section,
-    stages_section,
-)
-from brainfusion.eval.verdict import (
+from brainfusion.eval.drawing import DIRECTION_COLOURS, GREY, INK
+from brainfusion.eval.forest import symbols
+from brainfusion.eval.report_probes import probes_section
+from brainfusion.eval.report_tables import cohort_section, provenance_section, stages_section
+from brainfusion.eval.report_training import training_section
+from brainfusion.eval.rows import (
+    DIRECTION_NAMES,
     DIRECTIONS,
+    by_name,
     ceiling_text,
     control_distance,
     control_failed,
-    evidence,
+    direction_of,
+    gallery_text,
     number,
     p_text,
-    people,
-    verdict,
+    rounded,
     with_interval,
 )
+from brainfusion.eval.verdict import best_baseline, evidence, verdict
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import read_json, write_text
 
@@ -75,15 +78,15 @@ def page(results: Row, workspace: Path) -> str:
     """The whole page as text; `workspace` is where side files are looked up."""
     title = f"brainfusion report: {_name(results)}"
     parts: list[tuple[str, str, Callable[[], str]]] = [
-        ("training", "Training", lambda: sections.training_section(results, workspace)),
-        ("space", "The shared space", lambda: sections.space_section(results, workspace)),
         (
             "retrieval",
             "Retrieval, against chance and ceiling",
             lambda: sections.retrieval_section(results, workspace),
         ),
         ("control", "The control", lambda: sections.control_section(results)),
-        ("probes", "What the features predict", lambda: sections.probes_section(results)),
+        ("space", "The shared space", lambda: sections.space_section(results, workspace)),
+        ("probes", "What the features predict", lambda: probes_section(results)),
+        ("training", "Training", lambda: training_section(results, workspace)),
         ("cohort", "The cohort", lambda: cohort_section(results.get("cohort") or {})),
         ("stages", "Stages", lambda: stages_section(results.get("stages") or [])),
         ("provenance", "Configuration and provenance", lambda: provenance_section(results)),
@@ -97,7 +100,7 @@ def page(results: Row, workspace: Path) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body>\n{symbols()}\n"
         f"<header>{_header(results)}</header>\n<nav>{links}</nav>\n<main>\n{body}</main>\n"
         '<footer class="note">All figures on this page are in <code>results.json</code> beside it. '
         "Intervals are 95%. AUC: the chance that a person's own partner is ranked above somebody "
@@ -156,8 +159,9 @@ def _state(results: Row) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escaped, with "p = 0.001" and intervals kept on one line."""
+    """Escaped, with "AUC 0.80", "p = 0.001" and intervals kept on one line."""
     text = re.sub(r"\bp (=|&lt;) ", r"p&nbsp;\1&nbsp;", escape(text, quote=False))
+    text = re.sub(r"\bAUC (?=\d)", "AUC&nbsp;", text)
     return re.sub(r" (\[[-\d.]+), ([-\d.]+\])", r"&nbsp;\1,&nbsp;\2", text)
 
 
@@ -170,39 +174,42 @@ def _cards(results: Row) -> str:
     cards = []
     for name, (query, found) in DIRECTIONS.items():
         if row := retrieval.get(name):
-            colour = figures.DIRECTION_COLOURS[name]
-            small = [f"chance {number(row, 'chance', 0.5):.2f}"]
-            small += [ceiling_text(row)] if ceiling_text(row) else []
-            small += [p_text(number(row, "p_value")), people(row)]
-            cards.append(_card(f"From {query} to {found}: AUC", row, colour, small, query.lower()))
+            small = ["chance 0.50", *filter(None, [ceiling_text(row)])]
+            small.append(p_text(number(row, "p_value")))
+            small.append(gallery_text(row))
+            what = f"From {query} to {found}: AUC"
+            cards.append(_card(what, row, DIRECTION_COLOURS[name], small, query.lower()))
+    if best := best_baseline(retrieval):
+        row = by_name(retrieval["baselines"])[best][0]
+        way = direction_of(row)
+        small = [best, *([f"from {DIRECTION_NAMES[way]}"] if way else [])]
+        cards.append(_card("Best simpler method: AUC", row, INK, small))
     if control := retrieval.get("shuffled_control"):
         distance = control_distance(control)
         small = ["must be at chance, 0.50"]
         if math.isfinite(distance):
             small.append(f"{distance:.1f} standard errors away")
         css = "bad" if control_failed(retrieval) else ""
-        cards.append(_card("Control, pairs shuffled: AUC", control, figures.GREY, small, css))
+        cards.append(_card("Control, shuffled: AUC", control, GREY, small, css))
     if not cards:
         return ""
-    key = (
-        "Bars are 95% intervals, the control's 3 standard errors to each side; the dashed line is "
-        "chance, the green diamond what is attainable, the green bar what is attainable from these "
-        "recordings (both known for simulated cohorts only)."
-    )
-    return f'<div class="cards">{"".join(cards)}</div>\n<p class="note key">{key}</p>\n'
+    marks = "Bars are 95% intervals, the control's 3 standard errors to each side; dashed: chance"
+    if any(ceiling_text(retrieval[name]) for name in DIRECTIONS if retrieval.get(name)):
+        marks += "; green diamond: attainable by a perfect model; green bar: from these recordings"
+    return f'<div class="cards">{"".join(cards)}</div>\n<p class="note under">{marks}.</p>\n'
 
 
-def _card(what: str, row: Row, colour: str, small: Sequence[str], css: str) -> str:
+def _card(what: str, row: Row, colour: str, small: Sequence[str], css: str = "") -> str:
     low, high, error = (number(row, key) for key in ("ci_low", "ci_high", "standard_error"))
     spread = ""
     if math.isfinite(low + high):
-        spread = f"{low:.2f} to {high:.2f}"
+        spread = f"{rounded(low)} to {rounded(high)}"
     elif math.isfinite(error):
         spread = f"&plusmn; {error:.2f} s.e."
     label = f"{what} {with_interval(row)}; {'; '.join(small)}"
     return (
         f'<div class="card"><div class="what">{escape(what)}</div>'
-        f'<div class="value {css}">{row["auc"]:.2f} <span class="range">{spread}</span></div>'
+        f'<div class="value {css}">{rounded(row["auc"])} <span class="range">{spread}</span></div>'
         f"{figures.gauge(row, label=label, colour=colour)}"
-        f'<p class="small">{" &middot; ".join(escape(text) for text in small)}</p></div>'
+        f'<p class="small">{" &middot; ".join(_prose(text) for text in small)}</p></div>'
     )

@@ -18,6 +18,7 @@ def table(
     *,
     caption: str = "",
     text_columns: Sequence[int] = (),
+    css: str = "",
 ) -> str:
     """An HTML table that scrolls sideways where it does not fit; empty columns are left out.
 
@@ -26,19 +27,20 @@ def table(
         rows: Plain text cells, escaped here; what follows a line break is set small below.
         caption: Above the table.
         text_columns: Columns set to the left, as the first is.
+        css: Class of the table.
     """
     if not rows:
         return ""
     kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
-    css = [' class="text"' if i in text_columns else "" for i in range(len(headings))]
-    head = "".join(f"<th{css[i]}>{escape(headings[i])}</th>" for i in kept)
+    side = [' class="text"' if i in text_columns else "" for i in range(len(headings))]
+    head = "".join(f"<th{side[i]}>{escape(headings[i])}</th>" for i in kept)
     body = "".join(
-        "<tr>" + "".join(f"<td{css[i]}>{_cell(row[i])}</td>" for i in kept) + "</tr>\n"
+        "<tr>" + "".join(f"<td{side[i]}>{_cell(row[i])}</td>" for i in kept) + "</tr>\n"
         for row in rows
     )
     top = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table>{top}<thead><tr>{head}</tr></thead>\n'
+        f'<div class="scroll"><table class="{css}">{top}<thead><tr>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>\n"
     )
 
@@ -69,6 +71,11 @@ def figure(drawing: str, caption: str) -> str:
 def side_by_side(parts: Sequence[str]) -> str:
     """Parts in two columns where there is room."""
     return f'<div class="figures">{"".join(parts)}</div>\n' if parts else ""
+
+
+def folded(summary: str, content: str, *, css: str = "") -> str:
+    """Content that opens on a click; printed only with the class "printed"."""
+    return f'<details class="{css}"><summary>{escape(summary)}</summary>{content}</details>\n'
 
 
 def missing(what: str, command: str | None = None) -> str:

@@ -5,7 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from brainfusion.eval.report_parts import bar_cell, bars, missing, seconds_text, side_by_side, table
+from brainfusion.eval.report_parts import (
+    bar_cell,
+    bars,
+    folded,
+    missing,
+    seconds_text,
+    side_by_side,
+    table,
+)
 from brainfusion.eval.rows import number
 
 Row = Mapping[str, Any]
@@ -39,7 +47,7 @@ def cohort_section(cohort: Row) -> str:
 
 
 def _flow(cohort: Row) -> str:
-    """The cohort and its parts as bars; who is in a table but not in the cohort is no part of it."""
+    """The cohort and its parts as bars; people unknown to the cohort are no part of it."""
     flow = [(str(step["step"]), number(step, "n")) for step in cohort.get("flow") or []]
     strangers = [n for name, n in flow if "not in the cohort" in name]
     parts = [(name, n) for name, n in flow if "not in the cohort" not in name]
@@ -75,6 +83,7 @@ def stages_section(stages: Sequence[Row]) -> str:
         return missing("No stages were timed.", "demo")
     longest = max(number(stage, "seconds", 0.0) for stage in stages)
     has_memory = any(math.isfinite(number(stage, "peak_mib")) for stage in stages)
+    old = any(stage.get("cached") for stage in stages)
     rows = []
     for stage in stages:
         seconds, memory = number(stage, "seconds"), number(stage, "peak_mib")
@@ -83,14 +92,16 @@ def stages_section(stages: Sequence[Row]) -> str:
             f"<tr><td>{escape(str(stage['name']))}</td>{bar_cell(share)}"
             f"<td>{seconds_text(seconds)}</td>"
             + (f"<td>{memory:,.0f}</td>" if math.isfinite(memory) else "<td></td>" * has_memory)
-            + f'<td class="text">{"made before" if stage.get("cached") else ""}</td></tr>\n'
+            + ('<td class="text">made before</td>' if stage.get("cached") else "<td></td>" * old)
+            + "</tr>\n"
         )
     total = sum(number(stage, "seconds", 0.0) for stage in stages)
     memory_head = "<th>peak memory, MiB</th>" if has_memory else ""
     return (
         '<div class="scroll"><table><thead><tr><th>stage</th><th></th><th>time</th>'
-        f'{memory_head}<th class="text"></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        f'</div>\n<p class="note">{seconds_text(total)} in all.</p>\n'
+        f"{memory_head}{'<th></th>' * old}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'</div>\n<p class="note">{seconds_text(total)} added up; stages may run side by side.'
+        "</p>\n"
     )
 
 
@@ -104,12 +115,11 @@ def provenance_section(results: Row) -> str:
         "Alignment": results.get("alignment") or {},
         "Truth of the simulation": results.get("truth") or {},
     }
-    parts = [
-        f"<details><summary>{name}</summary>{table(['key', 'value'], list(flat(values)))}"
+    return "".join(
+        folded(name, table(["key", "value"], list(flat(values)), css="keys"))
         for name, values in blocks.items()
         if values
-    ]
-    return "".join(f"{part}</details>\n" for part in parts)
+    )
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -156,9 +166,10 @@ def _facts(cohort: Row) -> list[tuple[str, str]]:
     families = cohort.get("families")
     if isinstance(families, Mapping):
         if related := int(number(families, "n_with_relatives", 0.0)):
-            largest = int(number(families, "largest", 0.0))
-            note = f"{related:,} people have a relative in the cohort"
-            words["n_families"] += f"\n{note}, at most {largest} in a family" if largest else note
+            largest = int(number(families, "largest", 2.0))
+            words["n_families"] += (
+                f"\n{related:,} people have a relative in the cohort; at most {largest} a family"
+            )
         cohort = {**families, **cohort}
     return [
         (text, _percent(cohort[key]) if key == "coverage" else _spread(cohort[key]))

@@ -81,7 +81,7 @@ def retrieval_metrics(
         For "query_to_gallery" and "gallery_to_query": `auc`, `chance`, `recall_at_k` (k = 1, 5, 10)
         with `_optimistic`, `_pessimistic` and `_chance`, `median_rank`, `mean_rank`, `mrr` with
         `_chance`, `n_queries`, `n_gallery`, `unit`, and what was asked for of `ci_low`, `ci_high`,
-        `standard_error`, `p_value`. Ranks start at 1. A gallery entry that is nobody's positive is
+        `standard_error`, `p_value` and `n_permutations`. Ranks start at 1. A gallery entry that is nobody's positive is
         a competitor, never a query.
     """
     table = ScoreTable.from_vectors(queries, gallery)
@@ -316,7 +316,7 @@ def _inference(
         found |= {"ci_low": low, "ci_high": high, "standard_error": float(draws.std(ddof=1))}
     if null is not None:
         observed, draws = null[0][side], null[1][:, side]
-        found["p_value"] = p_value(float(observed), draws)
+        found |= {"p_value": p_value(float(observed), draws), "n_permutations": len(draws)}
     return found
 
 

@@ -150,6 +150,15 @@ def is_tied(row: Row) -> bool:
     return row["auc"] == 0.5 and number(row, "standard_error") == 0.0
 
 
+def bar_ends(row: Row) -> tuple[float, float]:
+    """The ends of an AUC's bar: its interval or, without one, 3 standard errors to each side."""
+    low, high = number(row, "ci_low"), number(row, "ci_high")
+    if math.isnan(low + high):
+        reach = CONTROL_LIMIT * number(row, "standard_error")
+        return row["auc"] - reach, row["auc"] + reach
+    return low, high
+
+
 def control_distance(control: Row) -> float:
     """Standard errors between the shuffled control's AUC and 0.5; NaN without a standard error."""
     error = number(control, "standard_error")

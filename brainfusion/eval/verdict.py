@@ -262,7 +262,7 @@ def _baselines(retrieval: Row) -> list[str]:
     if best is None or ours is None:
         return []
     theirs = _mean(groups[best])
-    name, own = f"{best} ({_in_words(groups[best])})", f"AUC {with_interval(ours)}"
+    name, own = f"{best}, with {_in_words(groups[best])}", f"AUC {with_interval(ours)}"
     if not _found(retrieval) and number(theirs, "ci_low") <= 0.5:
         return [f"The baselines find nothing either; the best is {name}."]
     if ours["auc"] <= theirs["auc"]:
@@ -296,7 +296,7 @@ def _pretraining(retrieval: Row) -> list[str]:
     if number(trained, "ci_high") < number(raw, "ci_low"):
         return [f"Pretraining hurts: {numbers}."]
     if trained["auc"] > raw["auc"]:
-        return [f"Whether pretraining helps is open, for the intervals overlap: {numbers}."]
+        return [f"Pretraining may help, but the intervals overlap: {numbers}."]
     return [f"Pretraining does not help here: {numbers}."]
 
 
@@ -361,12 +361,12 @@ def _probes(rows: Sequence[Row]) -> list[str]:
     none = [base for base, names in predicted.items() if not names]
     parts += [f"{_and(none)} none"] if none else []
     return [
-        f"Of {n} targets, probes predict beyond the confounds (each at p < 0.05): "
+        f"Of {n} targets, probes predict beyond the confounds (each at p < 0.05, uncorrected): "
         f"{'; '.join(parts)}."
     ]
 
 
-def _some(names: list[str], n: int = 4) -> str:
+def _some(names: list[str], n: int = 3) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 

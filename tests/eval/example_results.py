@@ -41,9 +41,16 @@ def write_example(workspace: Path, *, effect: float = 1.4, seed: int = 0) -> dic
                 "n_steps": 400,
                 "seconds": 71.3,
                 "final_loss": 0.112,
-                "first": {"validation_loss": 0.45},
-                "last": {"validation_loss": 0.12},
-            }
+                "first": {"validation_loss": 0.45, "loss_of_mean_target": 0.22},
+                "last": {"validation_loss": 0.12, "loss_of_mean_target": 0.34},
+            },
+            "brainlm": {
+                "metrics": "pretrain/brainlm/metrics.jsonl",
+                "n_steps": 400,
+                "n_parameters": 109_948,
+                "first": {"validation_loss": 1.7, "masked_r2": -0.62},
+                "last": {"validation_loss": 0.61, "masked_r2": 0.37},
+            },
         },
         "alignment": {
             "brain": "brainjepa",
@@ -56,6 +63,8 @@ def write_example(workspace: Path, *, effect: float = 1.4, seed: int = 0) -> dic
             "loss": 4.31,
             "log_n": float(np.log(256)),
             "logit_scale": 17.2,
+            "effective_rank": 21.7,
+            "columns": {"brain": {"given": 6400, "used": 128, "variance_kept": 0.53}},
             "residualised_on": ["age", "sex=M", "site=2", "motion"],
         },
         "truth": truth(effect),
@@ -100,6 +109,7 @@ def cohort_facts() -> dict[str, Any]:
             {"step": "people in the cohort", "n": 1040},
             {"step": "with a recording of at least 100 TRs", "n": 1012},
             {"step": "with DNA embeddings", "n": 1000},
+            {"step": "in a table but not in the cohort", "n": 7},
         ],
     }
 
@@ -120,6 +130,7 @@ def direction(ranks: np.ndarray, *, p_value: float, attainable: float | None) ->
         "attainable": attainable,
         "attainable_from_bold": attainable and 0.5 + 0.9 * (attainable - 0.5),
         "unit": "person",
+        "n_permutations": 999,
         "median_rank": float(np.median(position)),
         "median_rank_chance": (n + 1) / 2,
         "mrr": float((1 / position).mean()),
@@ -134,7 +145,13 @@ def direction(ranks: np.ndarray, *, p_value: float, attainable: float | None) ->
 def truth(effect: float) -> dict[str, Any]:
     """The oracle line of the simulation."""
     recall = {f"recall_at_{k}": v if effect else k / N_TEST for k, v in ((1, 0.7), (5, 0.9))}
-    return {"preset": "demo", "oracle_g_z": {"auc": 0.99, "n_gallery": N_TEST, **recall}}
+    line = {"n_gallery": N_TEST, **recall}
+    from_bold = {key: value - 0.15 for key, value in recall.items()}
+    return {
+        "preset": "demo",
+        "oracle_g_z": {"auc": 0.99, **line},
+        "oracle_g_bold": {"auc": 0.94, **line, **from_bold},
+    }
 
 
 def retrieval(ranks: dict[str, np.ndarray], effect: float) -> dict[str, Any]:
@@ -162,6 +179,11 @@ def retrieval(ranks: dict[str, np.ndarray], effect: float) -> dict[str, Any]:
             for direction, shift in (("query_to_gallery", 0.0), ("gallery_to_query", 0.004))
         ]
 
+    def one_way(name: str, value: float) -> dict[str, Any]:
+        both = row(name, value, N_TEST)
+        back = {"auc_dna_to_brain": value, "p_value_dna_to_brain": 0.02}
+        return {k: v for k, v in both[0].items() if k != "direction"} | back
+
     return {
         **rows,
         "shuffled_control": {
@@ -175,7 +197,8 @@ def retrieval(ranks: dict[str, np.ndarray], effect: float) -> dict[str, Any]:
         "baselines": [
             *row("ridge-CCA on features", 0.5 + 0.8 * (auc - 0.5), N_TEST),
             *row("ridge-CCA on the connectome", 0.5 + 0.7 * (auc - 0.5), N_TEST),
-            *row("confounds only", 0.512, N_TEST),
+            one_way("ridge-CCA on the connectome, one way", 0.5 + 0.6 * (auc - 0.5)),
+            {**one_way("covariates only", 0.5), "ci_low": 0.5, "ci_high": 0.5, "standard_error": 0},
         ],
         "strata": [
             *row("same site", auc - 0.01, 66),
@@ -248,7 +271,7 @@ def _write_arrays(workspace: Path, rng: np.random.Generator, effect: float) -> d
 
 def _write_metrics(workspace: Path, rng: np.random.Generator, effect: float) -> None:
     log_n = float(np.log(256))
-    pretraining, alignment = [], []
+    pretraining, masked, alignment = [], [], []
     for step in range(0, 401, 5):
         decay = float(np.exp(-step / 90))
         noise = float(rng.normal())
@@ -256,6 +279,8 @@ def _write_metrics(workspace: Path, rng: np.random.Generator, effect: float) -> 
         if step % 50 == 0:
             row["validation_loss"] = 0.11 + 0.34 * decay
         pretraining.append(row)
+        row = {"step": step, "loss": 0.6 + (1.1 if step == 0 else 0.4 * decay)}
+        masked.append(row)
         gain = effect * (1 - decay)
         row = {"step": step, "loss": log_n - gain + 0.03 * noise}
         row["logit_scale"] = 14.0 + step / 100
@@ -263,7 +288,11 @@ def _write_metrics(workspace: Path, rng: np.random.Generator, effect: float) -> 
             row["validation_loss"] = log_n - 0.5 * gain + max(0, step - 240) * 8e-4
             row["validation_auc"] = 0.5 + 0.22 * gain - max(0, step - 240) * 8e-5
         alignment.append(row)
-    for folder, rows in (("pretrain/brainjepa", pretraining), ("align/brainjepa-evo2", alignment)):
+    for folder, rows in (
+        ("pretrain/brainjepa", pretraining),
+        ("pretrain/brainlm", masked),
+        ("align/brainjepa-evo2", alignment),
+    ):
         (workspace / folder).mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (workspace / folder / "metrics.jsonl").write_text(text, encoding="utf-8")

@@ -13,9 +13,14 @@ import pytest
 
 from brainfusion.eval import figures
 from brainfusion.eval.report import page, write_report
-from brainfusion.eval.report_tables import flat, seconds_text, table
+from brainfusion.eval.report_parts import bars, seconds_text, significant, table
+from brainfusion.eval.report_tables import cohort_section, flat
+from brainfusion.eval.verdict import PRETRAINED, UNTRAINED
 from brainfusion.runtime.errors import UserError
-from tests.eval.example_results import IDS, save, write_example
+from tests.eval.example_results import IDS, N_TEST, save, write_example
+
+NO_FILES = Path("nowhere")
+"""A workspace without side files: enough, and fast, where only words and numbers are looked at."""
 
 VOID = {"meta", "br", "link", "img", "hr"}
 
@@ -89,27 +94,34 @@ def test_no_subject_id_is_on_the_page(run):
 
 
 def test_an_id_list_in_a_configuration_is_counted_not_printed(run):
-    workspace, results, _ = run
+    _, results, _ = run
     leaky = {**results, "config": {"people": IDS[:50]}}
-    text = page(leaky, workspace)
+    text = page(leaky, NO_FILES)
     assert "[50 values]" in text
     assert IDS[0] not in text
 
 
 def test_every_figure_has_an_alternative_text(run):
-    svgs = check(run[2]).svgs
-    assert len(svgs) >= 11
+    svgs = [svg for svg in check(run[2]).svgs if svg.get("aria-hidden") != "true"]
+    assert len(svgs) >= 30
     for svg in svgs:
         assert svg["role"] == "img"
         assert len(svg["aria-label"]) > 20
 
 
+def test_a_row_of_a_forest_says_its_numbers_in_words(run):
+    labels = [svg.get("aria-label", "") for svg in check(run[2]).svgs]
+    row = run[1]["retrieval"]["baselines"][-1]
+    assert row["auc"] == 0.5
+    assert "covariates only, on the scale: 0.50 [0.50, 0.50] and 0.50" in labels
+
+
 def test_simulated_data_are_labelled_before_the_title_and_imported_are_not(run):
-    workspace, results, text = run
+    _, results, text = run
     assert text.index(">simulated data<") < text.index("<h1>")
     imported = copy.deepcopy(results)
     imported["cohort"]["origin"] = "imported"
-    assert "simulated data" not in page(imported, workspace)
+    assert "simulated data" not in page(imported, NO_FILES)
 
 
 def test_headline_numbers_and_intervals_are_those_of_the_results(run):
@@ -124,30 +136,129 @@ def test_headline_numbers_and_intervals_are_those_of_the_results(run):
 
 
 def test_changed_results_change_the_page(run):
-    workspace, results, text = run
+    _, results, text = run
     other = copy.deepcopy(results)
     other["retrieval"]["brain_to_dna"]["auc"] = 0.777
     other["cohort"]["sites"]["site-1"] = 98765
-    changed = page(other, workspace)
+    changed = page(other, NO_FILES)
     assert ">0.78 <" in changed
     assert ">0.78 <" not in text
     assert "98,765" in changed
 
 
 def test_recall_ceiling_comes_from_the_truth_of_the_same_gallery_only(run):
-    workspace, results, text = run
+    _, results, text = run
     assert "90.0%" in text
     other = copy.deepcopy(results)
     other["truth"]["oracle_g_z"]["n_gallery"] = 17
-    assert "90.0%" not in page(other, workspace).split("provenance")[0]
+    assert "90.0%" not in page(other, NO_FILES).split("provenance")[0]
+
+
+def test_recall_that_the_recordings_allow_is_beside_what_is_attainable(run):
+    assert "<td>90.0% (75.0%)</td>" in run[2]
+
+
+def test_scores_that_are_all_tied_are_said_to_be(run):
+    _, results, text = run
+    assert text.count("all scores are tied") == 1
+    other = copy.deepcopy(results)
+    other["retrieval"]["baselines"][-1]["standard_error"] = 0.02
+    assert "all scores are tied" not in page(other, NO_FILES)
+
+
+def test_both_directions_of_a_baseline_are_shown_and_only_one_has_an_interval(run):
+    auc = run[1]["retrieval"]["baselines"][-2]["auc"]
+    row = re.search(r"the connectome, one way</td>.*?</tr>", run[2], re.DOTALL)
+    assert row
+    assert re.findall(r"<div>(.*?)</div>", row[0])[:2] == [
+        f"{auc:.2f} [{auc - 1.96 * 0.25 / N_TEST**0.5:.2f}, {auc + 1.96 * 0.25 / N_TEST**0.5:.2f}]",
+        f"{auc:.2f}",
+    ]
+    assert row[0].count("stroke-width") == 1
+
+
+def test_the_untrained_encoder_is_one_more_baseline(run):
+    _, results, _ = run
+    other = copy.deepcopy(results)
+    rows = other["retrieval"]["baselines"]
+    for name, auc in ((PRETRAINED, 0.81), (UNTRAINED, 0.62)):
+        rows.append({**rows[0], "name": name, "auc": auc, "ci_low": auc - 0.02})
+        rows[-1] |= {"ci_high": auc + 0.02}
+    text = page(other, NO_FILES)
+    assert f'<td class="name">{UNTRAINED}</td>' in text
+    assert "Pretraining helps: with" in text
+
+
+def test_targets_that_go_beyond_the_confounds_are_marked_as_the_verdict_counts_them(run):
+    # Cognition, trait_1 and sex from both representations, diagnosis from the features alone.
+    assert run[2].count("beyond the confounds</span>") == 7
+    assert "brainjepa features 4 (" in run[2]
+    assert "brain embedding 3 (" in run[2]
+
+
+def test_many_targets_are_folded_away(run):
+    _, results, _ = run
+    other = copy.deepcopy(results)
+    more = [row for row in results["probes"] if row["target"] == "sex"]
+    other["probes"] += [{**row, "target": f"trait {i}"} for i in range(20) for row in more]
+    text = page(other, NO_FILES)
+    check(text)
+    shown = text[: text.index("13 more targets")]
+    assert shown.count("<caption>") - text[: text.index('id="probes"')].count("<caption>") == 12
+    assert "<caption>trait 19</caption>" in text
+
+
+def test_what_was_watched_in_pretraining_is_told_with_its_meaning(run):
+    text = run[2]
+    assert re.search(
+        r"brainlm: masked R2<span[^>]*>share of .*?<td>-0.620</td><td>0.370</td>", text
+    )
+    assert "brainjepa: loss of the mean target" in text
+    assert "<td>0.220</td><td>0.340</td>" in text
+    assert "brain columns used, of 6,400" in text
+
+
+def test_diagnostics_come_from_the_metrics_where_the_summary_has_none(run):
+    workspace, results, _ = run
+    other = copy.deepcopy(results)
+    for key in ("first", "last"):
+        del other["pretraining"]["brainjepa"][key]
+    assert "<td>0.450</td><td>0.114</td>" in page(other, workspace)
+
+
+def test_people_unknown_to_the_cohort_are_no_step_of_its_flow():
+    flow = [{"step": "people in the cohort", "n": 10}, {"step": "with brain features", "n": 5}]
+    stranger = {"step": "in a table but not in the cohort", "n": 1000}
+    text = cohort_section({"flow": [*flow, stranger]})
+    assert "1,000 people of the tables" in text
+    assert "<td>in a table" not in text
+    assert 'style="width:50.0%"' in text
+    assert "Nobody in the tables" in cohort_section({"flow": [*flow, {**stranger, "n": 0}]})
+
+
+def test_relatives_are_a_note_to_the_families():
+    facts = {"families": {"n_families": 900, "n_with_relatives": 200, "largest": 3}}
+    text = cohort_section(facts)
+    assert (
+        '<td>families<span class="note">200 people have a relative in the cohort; at most 3' in text
+    )
+    assert text.count("<tr>") == 2
+
+
+def test_small_sites_are_summed_up():
+    text = cohort_section({"sites": {f"site {i}": i for i in range(1, 31)}})
+    assert "<td>16 others</td>" in text
+    assert f"<td>{sum(range(1, 17))}</td>" in text
+    assert "<td>site 17</td>" in text
+    assert "<td>site 16</td>" not in text
 
 
 def test_failed_control_turns_the_page_red(run):
-    workspace, results, text = run
+    _, results, text = run
     assert 'class="verdict found"' in text
     failed = copy.deepcopy(results)
     failed["retrieval"]["shuffled_control"]["auc"] = 0.7
-    changed = page(failed, workspace)
+    changed = page(failed, NO_FILES)
     assert 'class="verdict failed"' in changed
     assert "outside the limit" in changed
 
@@ -225,6 +336,24 @@ def test_large_clouds_stay_small_and_keep_their_extremes():
     assert len(figures.losses(long, name="x", label="A very long curve.")) < 60_000
 
 
+def test_losses_over_many_orders_of_magnitude_are_on_a_log_scale():
+    rows = [{"step": i, "loss": 0.5 * 0.98**i, "loss_of_mean_target": 0.2} for i in range(200)]
+    svg = figures.losses(rows, name="x", label="A curve that falls far.")
+    assert ">loss, log scale<" in svg
+    assert ">guessing the mean target<" in svg
+    flat = [{"step": i, "loss": 0.5 + 0.1 * 0.98**i} for i in range(200)]
+    assert ">loss<" in figures.losses(flat, name="x", label="A curve that falls little.")
+
+
+def test_a_start_far_above_the_rest_does_not_hide_it_and_is_written_down():
+    rows: list[dict] = [{"step": i, "loss": 1.0 - 0.002 * i} for i in range(1, 200)]
+    high = [{"step": 0, "validation_loss": 9.5}, {"step": 199, "validation_loss": 0.6}]
+    svg = figures.losses(rows + high, name="x", label="A curve with a high start.")
+    assert ">from 9.5 at step 0, above the scale<" in svg
+    assert ">8<" not in svg
+    assert "above the scale" not in figures.losses(rows, name="x", label="Without the start.")
+
+
 def test_area_under_the_rank_curve_is_the_auc():
     outranked = np.random.default_rng(0).beta(3, 1, size=400)
     svg = figures.rank_curves({"brain_to_dna": outranked})
@@ -254,6 +383,27 @@ def test_tables_leave_out_empty_columns():
     text = table(["a", "b", "c"], [["1", "", "3"], ["4", "", "6"]])
     assert "<th>b</th>" not in text
     assert text.count("<td>") == 4
+
+
+def test_what_follows_a_line_break_in_a_cell_is_a_note():
+    assert 'a &lt;b<span class="note">c &amp; d</span>' in table(["x"], [["a <b\nc & d"]])
+
+
+def test_bars_are_shares_of_the_whole():
+    text = bars([("a", 5, 20), ("b", 0, 0)], ("x", "n"))
+    assert re.findall(r"width:([\d.]+%)", text) == ["25.0%", "0.0%"]
+
+
+def test_significant_digits_need_no_exponent():
+    values = [(0.0022172, 2), (0.45, 3), (1234.5, 2), (0.0, 3), (-0.62, 3), (99.96, 3)]
+    assert [significant(*v) for v in values] == [
+        "0.0022",
+        "0.450",
+        "1,234",
+        "0",
+        "-0.620",
+        "100.0",
+    ]
 
 
 def test_nested_values_are_flattened_in_order():

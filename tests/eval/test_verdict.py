@@ -5,14 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from brainfusion.eval.verdict import (
+from brainfusion.eval.rows import (
     base_name,
-    evidence,
+    by_name,
     is_confounds,
+    is_tied,
     p_text,
+    rounded,
+    with_interval,
+)
+from brainfusion.eval.verdict import (
+    PRETRAINED,
+    UNTRAINED,
+    best_baseline,
+    evidence,
     smallest_detectable,
     verdict,
-    with_interval,
 )
 from tests.eval.example_results import write_example
 
@@ -37,12 +45,33 @@ def retrieval(brain: dict, dna: dict, **more) -> dict:
     return {"retrieval": {"brain_to_dna": brain, "dna_to_brain": dna, **more}}
 
 
-def test_a_found_alignment_is_said_with_auc_interval_gallery_p_and_ceiling():
-    row = direction(0.831, 0.80, 0.861, 0.001, attainable=0.99)
-    assert verdict(retrieval(row, row))[0] == (
-        "The brain of a person finds their own DNA better than chance: AUC 0.83 [0.80, 0.86] in a "
-        "gallery of 200 people, p = 0.001; attainable 0.99."
+def test_a_found_alignment_is_said_with_auc_intervals_gallery_and_p():
+    brain, dna = direction(0.831, 0.80, 0.861, 0.001), direction(0.78, 0.74, 0.82, 0.002)
+    assert verdict(retrieval(brain, dna))[0] == (
+        "A person's brain finds their own DNA better than chance, and their DNA their brain: "
+        "AUC 0.83 [0.80, 0.86] and 0.78 [0.74, 0.82] in a gallery of 200 people, p = 0.001 and "
+        "p = 0.002."
     )
+    assert verdict(retrieval(brain, {}))[0] == (
+        "The brain of a person finds their own DNA better than chance: AUC 0.83 [0.80, 0.86] in a "
+        "gallery of 200 people, p = 0.001."
+    )
+
+
+def test_the_smallest_possible_p_is_said_to_be_where_the_permutations_are_known():
+    row = direction(0.831, 0.80, 0.861, 0.001, n_permutations=999)
+    end = "both p = 0.001 (smallest possible with 999 permutations)."
+    assert verdict(retrieval(row, row))[0].endswith(end)
+    assert "smallest" not in verdict(retrieval(*[{**row, "n_permutations": 9999}] * 2))[0]
+
+
+def test_sentences_come_in_order_of_weight(found):
+    words = ["A person's brain finds", "control is at chance", "Attainable is", "best baseline"]
+    words += ["holds within strata", "probes predict", "is simulated"]
+    sentences = verdict(found)
+    assert len(sentences) == len(words)
+    for word, text in zip(words, sentences, strict=True):
+        assert word in text
 
 
 def test_no_alignment_is_said_in_one_sentence_with_what_could_have_been_seen():
@@ -112,9 +141,10 @@ def test_auc_above_the_attainable_is_called_a_leak():
 
 def test_share_of_the_way_to_the_ceiling():
     row = direction(0.7, 0.67, 0.73, 0.001, attainable=0.9, attainable_from_bold=0.75)
-    text = only(retrieval(row, row), "of the way")
-    assert "50% of the way" in text
-    assert "80% of the way" in text
+    assert only(retrieval(row, row), "of the way") == (
+        "Attainable is an AUC of 0.90 with a perfect model of perfectly measured people and 0.75 "
+        "from these recordings: this run has come 50% and 80% of the way there from chance."
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +171,79 @@ def test_baselines_in_two_directions_are_averaged():
         {"name": "cca", "direction": d, "auc": a, "ci_low": a - 0.01, "ci_high": a + 0.01}
         for d, a in (("query_to_gallery", 0.7), ("gallery_to_query", 0.6))
     ]
-    assert "cca (AUC 0.65 [0.64, 0.66])" in only(retrieval(ours, ours, baselines=rows), "baseline")
+    assert "cca, with AUC 0.65 [0.64, 0.66]" in only(
+        retrieval(ours, ours, baselines=rows), "baseline"
+    )
+
+
+def test_a_baseline_is_compared_in_the_direction_that_has_an_interval():
+    # The other direction is far better on both sides; it has no interval, so it decides nothing.
+    ours = direction(0.80, 0.77, 0.83, 0.001)
+    row = {"name": "cca", "auc": 0.70, "ci_low": 0.67, "ci_high": 0.73, "auc_dna_to_brain": 0.99}
+    results = retrieval(ours, direction(0.60, 0.57, 0.63, 0.001), baselines=[row])
+    text = only(results, "baseline")
+    assert text == (
+        "The aligner (AUC 0.80 [0.77, 0.83]) beats the best baseline, cca, with AUC 0.70 "
+        "[0.67, 0.73] from brain to DNA."
+    )
+
+
+def test_the_way_back_of_a_baseline_is_a_row_of_its_own():
+    row = {"name": "cca", "auc": 0.7, "ci_low": 0.6, "ci_high": 0.8, "n_gallery": 50}
+    brain, dna = by_name([{**row, "auc_dna_to_brain": 0.71, "p_value_dna_to_brain": 0.02}])["cca"]
+    assert (brain["direction"], brain["auc"], brain["ci_low"]) == ("brain_to_dna", 0.7, 0.6)
+    assert (dna["direction"], dna["auc"], dna["p_value"]) == ("dna_to_brain", 0.71, 0.02)
+    assert "ci_low" not in dna
+    assert by_name([row])["cca"] == [row]
+
+
+@pytest.mark.parametrize(
+    ("auc", "low", "high", "expected"),
+    [
+        (0.90, 0.87, 0.93, "Pretraining hurts"),
+        (0.81, 0.78, 0.84, "Pretraining does not help here"),
+        (0.78, 0.75, 0.81, "Pretraining may help, but the intervals overlap"),
+        (0.60, 0.57, 0.63, "Pretraining helps"),
+    ],
+)
+def test_pretrained_features_are_held_against_those_of_the_untrained_encoder(
+    auc, low, high, expected
+):
+    ours = direction(0.80, 0.77, 0.83, 0.001)
+    pretrained = {"name": PRETRAINED, **ours}
+    untrained = {"name": UNTRAINED, "auc": auc, "ci_low": low, "ci_high": high}
+    results = retrieval(ours, ours, baselines=[pretrained, untrained])
+    text = only(results, "same encoder untrained")
+    assert text.startswith(f"{expected}: with ridge-CCA on the encoder's features AUC 0.80")
+    assert f"untrained AUC {auc:.2f} [{low:.2f}, {high:.2f}]" in text
+    del results["retrieval"]["baselines"][0]
+    assert not [text for text in verdict(results) if "untrained AUC" in text]
+
+
+def test_neither_encoder_is_praised_at_chance():
+    null = direction(0.51, 0.47, 0.55, 0.4)
+    rows = [{"name": PRETRAINED, **null}, {"name": UNTRAINED, **null, "auc": 0.5}]
+    assert "Neither pretrained" in only(retrieval(null, null, baselines=rows), "untrained AUC")
+
+
+def test_covariates_that_find_the_partner_alone_warn():
+    ours = direction(0.80, 0.77, 0.83, 0.001)
+    row = {"name": "covariates only", "auc": 0.6, "ci_low": 0.56, "ci_high": 0.64}
+    assert "0.60 [0.56, 0.64]" in only(retrieval(ours, ours, baselines=[row]), "Warning")
+    row["ci_low"] = 0.49
+    assert not [t for t in verdict(retrieval(ours, ours, baselines=[row])) if "Warning" in t]
+
+
+def test_the_best_baseline_is_the_one_with_the_highest_auc():
+    rows = [{"name": name, "auc": auc} for name, auc in (("a", 0.6), ("b", 0.7), ("c", None))]
+    assert best_baseline({"baselines": rows}) == "b"
+    assert best_baseline({}) is None
+
+
+def test_tied_scores_are_no_certain_half():
+    assert is_tied({"auc": 0.5, "standard_error": 0.0})
+    assert not is_tied({"auc": 0.5, "standard_error": 0.02})
+    assert not is_tied({"auc": 0.5})
 
 
 def test_a_stratum_in_which_the_alignment_goes_warns_of_confounding():
@@ -162,7 +264,8 @@ def test_probes_are_counted_beyond_the_confounds_not_beyond_chance(found):
     text = only(found, "beyond the confounds")
     # Age is above chance from every representation, and never above what the confounds give.
     assert "age" not in text
-    assert "brain embedding 3 of 5 (cognition, trait_1, sex)" in text
+    assert "Of 5 targets" in text
+    assert "brain embedding 3 (cognition, trait_1, sex)" in text
 
 
 def test_residualised_rows_decide_where_there_are_any():
@@ -174,7 +277,7 @@ def test_residualised_rows_decide_where_there_are_any():
     ]
     assert "none of 1 targets" in only({"probes": rows}, "Probes")
     rows[2]["ci_low"] = 0.005
-    assert "net 1 of 1 (x)" in only({"probes": rows}, "probes")
+    assert "net 1 (x)" in only({"probes": rows}, "probes")
 
 
 def test_names_of_representations():
@@ -206,6 +309,20 @@ def test_numbers_read_as_numbers():
     assert [p_text(p) for p in (0.3125, 0.001, 0.00001, 0.0312)] == [
         "p = 0.31",
         "p = 0.001",
-        "p < 0.0001",
+        "p < 0.001",
         "p = 0.031",
     ]
+    assert p_text(1 / 1000, 999) == "p = 0.001 (smallest possible with 999 permutations)"
+    assert p_text(2 / 1000, 999) == "p = 0.002"
+    assert p_text(1 / 10_000, 9999) == "p = 0.0001 (smallest possible with 9,999 permutations)"
+
+
+def test_what_is_below_one_is_never_printed_as_one():
+    assert [rounded(v) for v in (0.994, 0.9975, 0.99996, 1.0)] == [
+        "0.99",
+        "0.998",
+        "0.99996",
+        "1.00",
+    ]
+    assert [rounded(v) for v in (-0.001, -0.25, 1.004)] == ["0.00", "-0.25", "1.00"]
+    assert with_interval({"auc": 0.99, "ci_low": 0.98, "ci_high": 0.997}) == "0.99 [0.98, 0.997]"
