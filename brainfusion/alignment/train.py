@@ -89,6 +89,8 @@ class AlignConfig:
         for name in ("n_components", "warmup_steps", "weight_decay", "shrinkage", "batch_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if self.batch_size == 1:
+            raise UserError("batch_size=1: one pair has nothing to be told from; use 2 or more.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout}: expected at least 0 and less than 1.")
         if not 0 < self.min_scale <= self.init_scale <= self.max_scale:

@@ -1,7 +1,10 @@
 """The command line: `brainfusion COMMAND`, and what the scripts call."""
 
+import os
+import re
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from brainfusion.runtime import threads
 from brainfusion.runtime.errors import UserError
@@ -49,16 +52,45 @@ def run(command: str, argv: list[str] | None = None) -> int:
         return module.main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         say(f"error: {error}")
+    except BrokenPipeError:
+        # The reader has left, as `| head` does; nothing is left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         # Disks fill up, folders are read-only, files vanish: the system's words name the file.
         say(
-            f"error: {error.strerror or error}: {error.filename or 'no file named'}. "
-            "Check that the path exists, is writable and has space."
+            f"error: {error.strerror or error}{_place(error)}. Check that the path exists, is "
+            "writable and has space."
         )
+    except _native_errors() as error:
+        if not (found := re.search(r"os error (\d+)|inline_container", str(error))):
+            raise
+        reason = os.strerror(int(found[1])) if found[1] else "write failed"
+        say(f"error: {reason}: a file could not be written. Free space, or give another folder.")
     except KeyboardInterrupt:
         say("interrupted.")
         return 130
     return 2
+
+
+def _place(error: OSError) -> str:
+    """Where it happened; of a file that is written aside, its folder."""
+    name = error.filename2 or error.filename
+    if name is None:
+        return ""
+    path = Path(os.fsdecode(name))
+    return f": {path.parent if path.name.startswith('.') else path}"
+
+
+def _native_errors() -> tuple[type[Exception], ...]:
+    """What polars, safetensors and torch make of a disk that fails.
+
+    They are loaded by whoever raises them, so this is looked up only when something went wrong.
+    """
+    from polars.exceptions import PolarsError
+    from safetensors import SafetensorError
+
+    return PolarsError, SafetensorError, RuntimeError
 
 
 def _help() -> str:

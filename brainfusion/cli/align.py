@@ -1,6 +1,12 @@
-"""`brainfusion align`: train the shared space of brain features and DNA embeddings."""
+"""`brainfusion align`: train the shared space of brain features and DNA embeddings.
 
-import shutil
+People are matched by id and split into train, validation and test by whole families; only training
+people are learnt from. Writes the model and the embeddings of all pairs to
+<workspace>/align/<brain>-<dna>.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,11 +17,11 @@ from brainfusion.alignment.conditioning import design_matrix
 from brainfusion.alignment.train import AlignConfig, train
 from brainfusion.cli.options import parse
 from brainfusion.cli.pairs import Pairs, load_pairs
-from brainfusion.cli.workspace import Place, Workspace, hash_ids, open_cohort
+from brainfusion.cli.workspace import Place, Workspace, check_replaceable, hash_ids, open_cohort
 from brainfusion.data.features import write_features
 from brainfusion.runtime import distributed, threads
 from brainfusion.runtime.distributed import Ranks
-from brainfusion.runtime.files import check_writable, read_json, write_json
+from brainfusion.runtime.files import atomic_folder, check_writable, read_json, write_json
 from brainfusion.runtime.logs import say
 
 
@@ -47,21 +53,19 @@ def main(argv: list[str]) -> int:
         config_field="train",
     )
     workspace = Workspace.of(options.place)
-    with distributed.session() as ranks:
+    # The other ranks wait while the main one makes what the demo cohort lacks.
+    with distributed.session(timeout_s=3600) as ranks:
         threads.use_threads(options.threads, n_processes=ranks.world_size)
         cohort = open_cohort(workspace, ranks)
         with distributed.main_first(ranks):
             pairs = load_pairs(workspace, cohort, brain=options.brain, dna=options.dna)
         run_dir = options.out or workspace.align_dir(options.brain, options.dna)
-        if ranks.is_main:
-            check_writable(run_dir.parent)
-            shutil.rmtree(run_dir, ignore_errors=True)
-        distributed.barrier()
-        _run(options, pairs, run_dir, ranks)
-        if options.control:
-            if ranks.is_main:
-                say("control: the same with shuffled pairs")
-            _run(options, shuffled(pairs, options.train.seed), run_dir / "control", ranks)
+        with _replaced(run_dir, ranks) as folder:
+            _run(options, pairs, folder, ranks)
+            if options.control:
+                if ranks.is_main:
+                    say("control: the same with shuffled pairs")
+                _run(options, shuffled(pairs, options.train.seed), folder / "control", ranks)
     if ranks.is_main:
         flags = " ".join(workspace.options())
         say(
@@ -79,6 +83,18 @@ def shuffled(pairs: Pairs, seed: int) -> Pairs:
         rows = np.flatnonzero(labels == side)
         order[rows] = rng.permutation(rows)
     return replace(pairs, dna=pairs.dna[order])
+
+
+@contextmanager
+def _replaced(run_dir: Path, ranks: Ranks) -> Iterator[Path]:
+    """A folder aside that replaces an earlier run when all is done; only the main rank writes."""
+    check_replaceable(run_dir, "embeddings")
+    if not ranks.is_main:
+        yield run_dir
+        return
+    check_writable(run_dir.parent)
+    with atomic_folder(run_dir) as aside:
+        yield aside
 
 
 def _run(options: AlignOptions, pairs: Pairs, run_dir: Path, ranks: Ranks) -> None:

@@ -1,16 +1,21 @@
-"""`brainfusion embed`: turn recordings into features with a trained encoder."""
+"""`brainfusion embed`: turn recordings into features with a trained encoder.
+
+Each recording is standardised as in training, encoded without masks and pooled; the recordings of
+one person are averaged. Writes <workspace>/features/<model>.parquet (subject, vector).
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from brainfusion.cli.options import parse
+from brainfusion.cli.options import at_least, parse
 from brainfusion.cli.workspace import Place, Workspace, ensure_pretrained
 from brainfusion.data.features import write_features
 from brainfusion.encoders.checkpoints import known_model, load_pretrained
 from brainfusion.encoders.embed import embed
 from brainfusion.runtime import threads
+from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import check_writable
 from brainfusion.runtime.logs import say
 
@@ -27,13 +32,19 @@ class EmbedOptions:
     untrained: bool = False
     """Take the encoder as it was before training: the baseline that training has to beat."""
     pooling: str = "parcel-std"
-    """parcel-std, parcel-mean: over time, a vector a parcel, joined; mean: over all tokens; cls."""
+    """parcel-std or parcel-mean (over time, a vector a parcel, joined), mean (over all tokens), or
+    cls (brainlm's CLS token)."""
     out: Path | None = None
     """The feature file; <workspace>/features/<model>[-untrained].parquet by default."""
     batch_size: int = 16
     """Recordings at a time; features do not depend on it."""
     threads: int = 0
     """Threads; 0 uses the cores there are."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size")
+        if self.out is not None and self.out.is_dir():
+            raise UserError(f"--out {self.out} is a folder: expected the file to write.")
 
 
 def main(argv: list[str]) -> int:
@@ -53,4 +64,7 @@ def main(argv: list[str]) -> int:
     )
     write_features(out, subjects, vectors, provenance=provenance)
     say(f"{out}: {len(subjects)} people x {vectors.shape[1]} features ({options.pooling} pooling)")
+    if out == workspace.features_path(name):
+        flags = " ".join(["--brain", name, *workspace.options()])
+        say(f"next: brainfusion align {flags} --dna evo2 (or generator, caduceus)")
     return 0

@@ -1,4 +1,7 @@
-"""`brainfusion import --dna MODEL PATH`: add a model's DNA embeddings to a cohort."""
+"""`brainfusion import --dna MODEL PATH`: add a model's DNA embeddings to a cohort.
+
+They are checked, matched to the cohort's people by id, and kept in COHORT/genetics/<model>.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +19,11 @@ from brainfusion.runtime.logs import say
 class ImportDnaOptions:
     """Options of `brainfusion import --dna`."""
 
-    source: Annotated[Path | None, tyro.conf.Positional] = None
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A file or folder of embeddings, as the model's users store them."""
-    dna: str = ""
+    dna: str
     """Whose embeddings they are: evo2, generator or caduceus."""
-    cohort: Path | None = None
+    cohort: Path
     """The cohort that they are added to."""
     checkpoint: str | None = None
     """What made the files, where no provenance.json lies beside them."""
@@ -34,12 +37,14 @@ class ImportDnaOptions:
 
 def main(argv: list[str]) -> int:
     """Read the files, check them, write the store into the cohort."""
-    options = parse(ImportDnaOptions, argv, prog="brainfusion import", description=__doc__ or "")
-    if options.source is None or options.cohort is None:
-        raise UserError(
-            "importing DNA embeddings needs a path and a cohort: "
-            "brainfusion import --dna evo2 PATH --cohort COHORT."
-        )
+    empty = ImportDnaOptions(source=tyro.MISSING, dna=tyro.MISSING, cohort=tyro.MISSING)
+    options = parse(
+        ImportDnaOptions,
+        argv,
+        prog="brainfusion import --dna MODEL",
+        description=__doc__ or "",
+        default=empty,
+    )
     path = import_dna(
         options.dna,
         options.source,

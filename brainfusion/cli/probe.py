@@ -1,4 +1,8 @@
-"""`brainfusion probe`: predict phenotypes from features and from embeddings."""
+"""`brainfusion probe`: predict phenotypes from features and from embeddings.
+
+Ridge and logistic probes with nested cross-validation, on the people whom the alignment was not
+trained on, beside a row from the confounds alone. Writes <workspace>/probes.json.
+"""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +10,7 @@ import numpy as np
 import polars as pl
 import tyro
 
-from brainfusion.cli.options import parse
+from brainfusion.cli.options import at_least, parse
 from brainfusion.cli.pairs import connectomes, load_pairs
 from brainfusion.cli.retrieve import ensure_alignment
 from brainfusion.cli.workspace import Place, Workspace
@@ -40,6 +44,10 @@ class ProbeOptions:
     """Bootstrap samples of families for each interval."""
     seed: int = 0
     """Seeds folds, permutations and bootstrap."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "permutations")
+        at_least(self, 2, "bootstrap")
 
 
 def main(argv: list[str]) -> int:

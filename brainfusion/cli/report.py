@@ -1,4 +1,8 @@
-"""`brainfusion report`: gather a workspace's numbers and draw them as one HTML page."""
+"""`brainfusion report`: gather a workspace's numbers and draw them as one HTML page.
+
+Writes <workspace>/results.json and report.html (one file, no network) from what pretrain, align,
+retrieve and probe have left there, and prints what was found in a few sentences.
+"""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime

@@ -1,4 +1,8 @@
-"""`brainfusion retrieve`: score cross-modal retrieval, or ask for the nearest people."""
+"""`brainfusion retrieve`: score cross-modal retrieval, or ask for the nearest people.
+
+Scores the test people of an alignment in both directions, beside baselines, strata and the control.
+With --query ID it answers instead: who are the people whose brains are nearest to this DNA?
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -9,9 +13,9 @@ import numpy as np
 import polars as pl
 import tyro
 
-from brainfusion.cli.options import parse
+from brainfusion.cli.options import at_least, parse
 from brainfusion.cli.pairs import connectomes, families_of, load_pairs
-from brainfusion.cli.workspace import Place, Workspace
+from brainfusion.cli.workspace import Place, Workspace, ensure_features, known_dna
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import Features, read_features
 from brainfusion.runtime.errors import UserError
@@ -38,9 +42,9 @@ class RetrieveOptions:
     query_from: Literal["dna", "brain"] = "dna"
     """Which of the person's two embeddings asks; the other modality is searched."""
     top: int = 10
-    """How many people to print."""
+    """How many people a query prints."""
     among: Literal["test", "all"] = "all"
-    """Who is searched: the test people, or everybody with a pair."""
+    """Whom a query searches: the test people, or everybody with a pair."""
     json: bool = False
     """Print JSON instead of a table."""
     permutations: int = 999
@@ -49,6 +53,10 @@ class RetrieveOptions:
     """Bootstrap samples of families for each interval."""
     seed: int = 0
     """Seeds permutations and bootstrap."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "top", "permutations")
+        at_least(self, 2, "bootstrap")
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +82,9 @@ def ensure_alignment(workspace: Workspace, brain: str, dna: str) -> Path:
     path = workspace.align_dir(brain, dna)
     if not (path / "embeddings" / "dna.parquet").exists():
         flags = ["--brain", brain, "--dna", dna, *workspace.options()]
+        known_dna(dna)
         if not workspace.demo:
+            ensure_features(workspace, brain)
             raise UserError(f"{path} does not exist: run 'brainfusion align {' '.join(flags)}'.")
         say(f"{path} is missing: aligning {brain} and {dna}")
         align.main(flags)

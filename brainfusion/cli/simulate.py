@@ -1,4 +1,8 @@
-"""`brainfusion simulate`: make a simulated cohort with a planted (or no) link."""
+"""`brainfusion simulate`: make a simulated cohort with a planted (or no) link.
+
+Recordings, people, DNA embeddings as each model's users store them, and the truth. A preset fills
+what is not given; the same options give the same bytes.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +19,7 @@ from brainfusion.runtime.logs import say
 class SimulateOptions:
     """Options of `brainfusion simulate`; a preset fills what is not given."""
 
-    out: Path | None = None
+    out: Path
     """The cohort folder to make."""
     overwrite: bool = False
     """Replace a simulated cohort that is there."""
@@ -32,8 +36,9 @@ def main(argv: list[str]) -> int:
         SimulateOptions,
         argv,
         prog="brainfusion simulate",
-        description=f"{__doc__} Presets: {', '.join(PRESETS)}.",
-        default=SimulateOptions(config=PRESETS[preset]),
+        description=f"{__doc__}\nPresets: {', '.join(PRESETS)}.",
+        default=SimulateOptions(out=tyro.MISSING, config=PRESETS[preset]),
+        config_field="config",
     )
     config = options.config
     if config.preset != preset:
@@ -41,8 +46,6 @@ def main(argv: list[str]) -> int:
             f"the config says preset '{config.preset}' but the command '{preset}': say "
             f"--preset {config.preset} too, so that what the file leaves out is filled from it."
         )
-    if options.out is None:
-        raise UserError("--out is missing: give the cohort folder to make, for example --out sim.")
     simulate(options.out, config, overwrite=options.overwrite)
     say(
         f"{options.out}: simulated cohort '{config.preset}', {config.n_people} people x "

@@ -5,7 +5,11 @@ names the command which makes it.
 """
 
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from brainfusion.data.cohort import Cohort
@@ -14,6 +18,7 @@ from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.logs import say
 
 DEMO = Path("runs/demo")
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +116,6 @@ def ensure_genetics(workspace: Workspace, model: str) -> Path:
 
 def ensure_pretrained(workspace: Workspace, model: str) -> Path:
     """An encoder of this cohort; on the demo cohort a tiny one is trained if there is none."""
-    from brainfusion.cli import pretrain
-
     path = workspace.pretrain_dir(model)
     if not (path / "summary.json").exists():
         if not workspace.demo:
@@ -121,28 +124,59 @@ def ensure_pretrained(workspace: Workspace, model: str) -> Path:
                 f"{' '.join(workspace.options())}', or give --checkpoint."
             )
         say(f"{path} is missing: pretraining a tiny {model}")
-        pretrain.main(["--model", model, *workspace.options()])
+        _make("pretrain", ["--model", model, *workspace.options()])
     return path
 
 
 def ensure_features(workspace: Workspace, name: str) -> Path:
     """A feature file; on the demo cohort it is made if it is not there."""
-    from brainfusion.cli import embed
     from brainfusion.encoders import ENCODERS
 
     path = workspace.features_path(name)
+    model, untrained = name.removesuffix("-untrained"), name.endswith("-untrained")
     if not path.exists():
-        command = f"brainfusion embed --model {name} {' '.join(workspace.options())}".strip()
-        if name not in ENCODERS:
+        flags = ["--model", model, *(["--untrained"] if untrained else []), *workspace.options()]
+        if model not in ENCODERS:
             raise UserError(
                 f"{path} does not exist and '{name}' is no encoder. {nearest(name, ENCODERS)} Or "
                 "put a Parquet file with the columns 'subject' and 'vector' there."
             )
         if not workspace.demo:
+            command = f"brainfusion embed {' '.join(flags)}"
             raise UserError(f"{path} does not exist: run '{command}', or put your own file there.")
         say(f"{path} is missing: embedding the demo cohort")
-        embed.main(["--model", name, *workspace.options()])
+        _make("embed", flags)
     return path
+
+
+def _make(command: str, flags: list[str]) -> None:
+    """Run a command that makes what is missing.
+
+    Under torchrun only the main rank is here, and the others wait: the command gets a process of
+    its own, which knows nothing of them.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        import_module(f"brainfusion.cli.{command}").main(flags)
+        return
+    env = {key: value for key, value in os.environ.items() if key not in _TORCHRUN}
+    words = [sys.executable, "-m", "brainfusion.cli", command, *flags]
+    if subprocess.run(words, env=env, check=False).returncode:
+        raise UserError(f"'brainfusion {command}' failed; its own message is above.")
+
+
+def check_replaceable(folder: Path, mark: str) -> None:
+    """Refuse to delete a folder that no earlier run of this kind has made.
+
+    Raises:
+        UserError: It is a file, or holds other things and no `mark`.
+    """
+    if folder.is_dir() and (not any(folder.iterdir()) or (folder / mark).exists()):
+        return
+    if folder.exists():
+        raise UserError(
+            f"{folder} holds other things than an earlier run (it has no {mark}), so it is not "
+            "replaced: give another --out."
+        )
 
 
 def hash_ids(subjects: list[str]) -> str:

@@ -126,19 +126,17 @@ def _matrix(column: pa.ChunkedArray, path: Path) -> np.ndarray:
     kind = column.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not lists and not pa.types.is_fixed_size_list(kind):
-        raise UserError(
-            f"{path}: column 'vector' is {kind}, expected a list of numbers in each row."
-        )
+        raise UserError(f"{path}: column 'vector' is {kind}, expected a list of numbers a row.")
     if not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         raise UserError(f"{path}: column 'vector' is {kind}, expected numbers in the lists.")
     if column.null_count:
         raise UserError(
             f"{path}: {column.null_count} of {len(column)} people have no vector: drop their rows."
         )
-    widths = np.unique(pc.list_value_length(column).to_numpy())
+    widths = np.unique(pc.call_function("list_value_length", [column]).to_numpy())
     if len(widths) > 1:
         raise UserError(f"{path}: vectors have different widths: {widths[:5].tolist()}.")
     if not widths[0]:
         raise UserError(f"{path}: the vectors are empty: make the file again.")
-    flat = pc.list_flatten(column).to_numpy().astype(np.float32)
+    flat = pc.call_function("list_flatten", [column]).to_numpy().astype(np.float32)
     return flat.reshape(len(column), -1)

@@ -51,8 +51,8 @@ class BrainJEPAConfig:
     predictor_depth: int = 6
     """Blocks of the predictor."""
     positions: Literal["mapping", "origin"] = "mapping"
-    """Of parcels: 'mapping', a learnt map of their connectivity gradients, or 'origin', sines of
-    their index."""
+    """Of parcels: 'mapping', a learnt map of their connectivity gradients,
+    or 'origin', sines of their index."""
     gradient_dim: int = 30
     """Columns of the gradient table; of no meaning with 'origin'."""
 

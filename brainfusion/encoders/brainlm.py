@@ -57,34 +57,43 @@ class BrainLMConfig:
     width: int = 256
     """Width of the encoder and of the decoder."""
     depth: int = 4
+    """Layers of the encoder."""
     n_heads: int = 4
+    """Attention heads of the encoder."""
     dim_hidden: int = 1024
     """Hidden width of the encoder's MLPs."""
     decoder_depth: int = 2
+    """Layers of the decoder."""
     decoder_n_heads: int = 4
+    """Attention heads of the decoder."""
     decoder_dim_hidden: int = 1024
+    """Hidden width of the decoder's MLPs."""
     attention: Literal["full", "nystrom"] = "full"
     """All published checkpoints run full attention, whatever their papers and configs suggest."""
     n_landmarks: int = 64
     """Landmarks of Nystrom attention; without effect in full attention."""
     xyz_unit_mm: float = 1.0
-    """Centroids are divided by this. 1 is upstream's raw millimetres, which drown the signal until
-    long training has weighed them down; fresh small models learn sooner with about 50."""
+    """Centroids are divided by this. 1 is upstream's raw millimetres, which drown the signal
+    until long training has weighed them down; fresh small models learn sooner with about 50."""
     conv_kernel_size: int | None = 65
-    """Taps of the depthwise convolution along the tokens (odd); None leaves it out."""
+    """Taps of the depthwise convolution along the tokens (odd); null in a YAML leaves it out."""
     convolution: Literal["blocks", "grouped"] = "blocks"
-    """How the convolution is computed where gradients are: "grouped" is upstream's operation, whose
-    gradient oneDNN gets wrong on some CPUs (see `brainlm_layers`). The same outputs to rounding."""
+    """How the convolution is computed where gradients are, with the same outputs to rounding.
+    "grouped" is upstream's operation, whose gradient oneDNN gets wrong on some CPUs."""
     loss_fn: Literal["mse", "mae"] = "mse"
+    """Error of the reconstruction of hidden tokens: squared or absolute."""
     tanh_decoder: bool = False
     """Whether reconstructions pass through tanh."""
     qkv_bias: bool = True
+    """Whether queries, keys and values have biases."""
     position_dropout: float = 0.1
     """Dropout on the sum of signal, centroid and position, in encoder and decoder."""
     dropout: float = 0.0
     """Dropout on the two branches of a layer."""
     layer_norm_eps: float = 1e-12
+    """Added to the variance in each LayerNorm."""
     init_std: float = 0.02
+    """Standard deviation of fresh weights."""
 
     def __post_init__(self) -> None:
         if min(self.n_parcels, self.n_trs, self.patch_trs, self.depth, self.decoder_depth) < 1:

@@ -51,22 +51,33 @@ class BrainLMImageConfig:
     image_size: int = 432
     """Side of the square that the recording is padded to."""
     patch_size: int = 16
+    """Side of a patch: parcels and TRs folded into one token."""
     n_channels: int = 3
     """Equal copies of the image that the published weights are made for."""
     mask_ratio: float = 0.75
     """Share of the tokens hidden from the encoder in pretraining; 0 hides none."""
     width: int = 768
+    """Width of the encoder."""
     depth: int = 12
+    """Layers of the encoder."""
     n_heads: int = 12
+    """Attention heads of the encoder."""
     dim_hidden: int = 3072
     """Hidden width of the encoder's MLPs."""
     decoder_width: int = 512
+    """Width of the decoder."""
     decoder_depth: int = 8
+    """Layers of the decoder."""
     decoder_n_heads: int = 16
+    """Attention heads of the decoder."""
     decoder_dim_hidden: int = 2048
+    """Hidden width of the decoder's MLPs."""
     qkv_bias: bool = True
+    """Whether queries, keys and values have biases."""
     layer_norm_eps: float = 1e-12
+    """Added to the variance in each LayerNorm."""
     init_std: float = 0.02
+    """Standard deviation of fresh weights."""
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.image_size % self.patch_size:

@@ -14,7 +14,7 @@ from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.standardise import Standardiser
 from brainfusion.encoders import ENCODERS
-from brainfusion.encoders.brainjepa import BrainJEPA, BrainJEPAConfig
+from brainfusion.encoders.brainjepa import BrainJEPAConfig
 from brainfusion.encoders.gradients import connectivity_of, gradient_table
 from brainfusion.runtime import checkpoint, config
 from brainfusion.runtime.errors import CheckpointError, UserError, nearest
@@ -116,7 +116,7 @@ def load_pretrained(path: Path, model: str | None = None, *, untrained: bool = F
     module = encoders.build(state["model"], settings)
     load_into(module, folder)
     if untrained:
-        gradient = module.encoder.position.gradient if isinstance(module, BrainJEPA) else None
+        gradient = dict(module.named_buffers()).get("encoder.position.gradient")
         torch.manual_seed(state["config"]["run"]["seed"])
         module = encoders.build(state["model"], settings, gradient=gradient)
     return Pretrained(

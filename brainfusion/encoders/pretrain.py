@@ -393,7 +393,7 @@ def _resume(
             "--out, or --restart to train it anew."
         )
     for name, hash_now in (("cohort", cohort.hash), ("splits", cohort.splits().hash)):
-        if (hash_before := state[f"{name}_hash"]) != hash_now:
+        if (hash_before := state.get(f"{name}_hash", hash_now)) != hash_now:
             raise CheckpointError(
                 f"{run_dir} was trained on another state of the cohort ({name} {hash_before}, now "
                 f"{hash_now}): give another --out, or --restart to train it anew."
@@ -435,7 +435,7 @@ def _check_finite(loss: Tensor, norm: Tensor, step: int, ranks: Ranks) -> None:
             what = f"gradient is not finite at step {step}, though the loss is"
         raise NonFiniteError(
             f"the {what}: lower --lr, and check the cohort's recordings with Cohort.validate(). "
-            "The last checkpoint is from before this step."
+            "Checkpoints are from before this step."
         )
 
 

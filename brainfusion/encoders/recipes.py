@@ -12,7 +12,7 @@ def recipe(model: str, preset: str) -> PretrainConfig:
 
     `tiny` trains in about a minute on two cores. The published sizes take the batch, learning rate
     and weight decay of their papers (BrainLM: batch 256, 1e-3, 0.05; Brain-JEPA: batch 512, 1e-3,
-    0.04 to 0.4, EMA 0.996 to 1), for one pass that you choose with `--optim.steps`.
+    0.04 to 0.4, EMA 0.996 to 1), for one pass that you choose with `--steps`.
 
     Raises:
         UserError: No such preset.
@@ -22,11 +22,11 @@ def recipe(model: str, preset: str) -> PretrainConfig:
         raise UserError(f"unknown preset '{preset}' for {model}. {nearest(preset, presets)}")
     run = RunConfig()
     if preset == "tiny" and model == "brainlm":
-        # Masked R2 stays at 0 for some 600 steps, then rises: many small steps, not few large ones.
-        optim = OptimConfig(steps=1200, batch_size=4, lr=3e-3)
+        # Masked R2 stays at 0 for some hundred steps, then rises: many small steps, not few large.
+        optim = OptimConfig(steps=800, batch_size=4, lr=3e-3)
         run = RunConfig(log_every=20, validate_every=100, save_every=400)
     elif preset == "tiny":
-        optim = OptimConfig(steps=300, batch_size=8)
+        optim = OptimConfig(steps=200, batch_size=8)
     elif model == "brainlm":
         optim = OptimConfig(steps=1500, batch_size=256, warmup_share=0.05, weight_decay_end=0.05)
     else:

@@ -81,8 +81,8 @@ def retrieval_metrics(
         For "query_to_gallery" and "gallery_to_query": `auc`, `chance`, `recall_at_k` (k = 1, 5, 10)
         with `_optimistic`, `_pessimistic` and `_chance`, `median_rank`, `mean_rank`, `mrr` with
         `_chance`, `n_queries`, `n_gallery`, `unit`, and what was asked for of `ci_low`, `ci_high`,
-        `standard_error`, `p_value` and `n_permutations`. Ranks start at 1. A gallery entry that is nobody's positive is
-        a competitor, never a query.
+        `standard_error`, `p_value` and `n_permutations`. Ranks start at 1. A gallery entry that is
+        nobody's positive is a competitor, never a query.
     """
     table = ScoreTable.from_vectors(queries, gallery)
     return _metrics(

@@ -130,7 +130,7 @@ def load_optimizer(path: Path) -> dict[str, Any]:
     file = path / "optimizer.pt"
     try:
         return torch.load(file, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, FileNotFoundError) as error:
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, OSError) as error:
         raise CheckpointError(
             f"{file} is absent, truncated or not an optimiser's state: remove {path} to resume "
             "from the checkpoint before it, or pass --restart."

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from brainfusion.runtime.files import write_text
+
 
 def say(text: str) -> None:
     """Print a line about what is being done, on standard error; results go to standard output."""
@@ -14,31 +16,28 @@ def say(text: str) -> None:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a logged step, flushed at once; only the main rank writes."""
+    """`metrics.jsonl`: one object a logged step, on disk at once; only the main rank writes.
+
+    A new run starts an empty file; a run that is resumed keeps the rows up to `resume_step`.
+    """
 
     def __init__(self, path: Path, *, active: bool = True, resume_step: int | None = None) -> None:
-        self._handle = None
+        self._path = path if active else None
         if not active:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step is None:
-            path.unlink(missing_ok=True)
-        elif path.exists():
-            kept = [row for row in read_metrics(path) if row.get("step", 0) <= resume_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._handle = path.open("a", encoding="utf-8")
+        rows = read_metrics(path) if resume_step is not None and path.exists() else []
+        kept = [row for row in rows if row.get("step", 0) <= (resume_step or 0)]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, **values: Any) -> None:
         """Append one row."""
-        if self._handle is not None:
-            self._handle.write(json.dumps(values) + "\n")
-            self._handle.flush()
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(values) + "\n")
 
     def close(self) -> None:
-        """Close the file."""
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
+        """Take no more rows."""
+        self._path = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

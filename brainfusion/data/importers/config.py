@@ -18,8 +18,8 @@ class ImportConfig:
     tr_s: float | None = None
     """Time between frames in seconds (HCP 0.72, UK Biobank 0.735). Required."""
     kind: Literal["auto", "npy", "tables", "mat", "array"] = "auto"
-    """npy: a folder of .npy; tables: TSV, CSV or whitespace text; mat: MATLAB; array: one .npy
-    [recording, parcel, TR] or [recording, TR, parcel]. auto decides by the file names."""
+    """npy: a folder of .npy; tables: TSV, CSV or whitespace text; mat: a folder of MATLAB files;
+    array: one .npy, [recording, parcel, TR] or [recording, TR, parcel]; auto: by the file names."""
     orientation: Literal["auto", "parcels-first", "trs-first"] = "auto"
     """Which axis comes first. auto decides by the number of parcels of the atlas or the names."""
     atlas: Path | None = None
@@ -31,19 +31,19 @@ class ImportConfig:
     subject_column: str | None = None
     """The column of ids. Default: subject, participant_id, subject_id, eid or id."""
     ids: Path | None = None
-    """For kind array: a table with `subject` (`session`, `recording`), or a text file with one
-    subject a line, in the array's order."""
+    """For kind array, in the array's order: a text file with one subject a line,
+    or a table with the column `subject` (and `session`, `recording`)."""
     pattern: str | None = None
-    """A regular expression with a group (?P<subject>...), and (?P<session>...) if you like, that is
-    searched in the path below SOURCE. Default: the file name up to its first underscore, and the
-    session of BIDS (ses-)."""
+    """A regular expression, searched in the path below SOURCE, that names who was scanned when:
+    with a group (?P<subject>...), and (?P<session>...) if you like.
+    Default: the file name up to its first underscore, and the session of BIDS (ses-)."""
     glob: str = "*"
     """Which files to take, for example '*_run-1_*.tsv'; folders are searched all the way down."""
     variable: str | None = None
     """For kind mat: the variable's name. Default: the only two-dimensional numeric one."""
     drop_columns: tuple[str, ...] = ()
-    """For kind tables: columns that are no parcels (an index, a global signal), by name or by
-    position from 0."""
+    """For kind tables: columns that are no parcels (an index, a global signal):
+    their names, or positions from 0."""
     constant_as_missing: bool = True
     """Count a parcel that never changes as missing: it carries no signal."""
     min_coverage: float = 0.8
