@@ -32,8 +32,8 @@ class EmbedOptions:
     untrained: bool = False
     """Take the encoder as it was before training: the baseline that training has to beat."""
     pooling: str = "parcel-std"
-    """parcel-std or parcel-mean (over time, a vector a parcel, joined), mean (over all tokens), or
-    cls (brainlm's CLS token)."""
+    """parcel-std or parcel-mean: over time, a vector a parcel, joined; mean: over all tokens;
+    cls: brainlm's CLS token."""
     out: Path | None = None
     """The feature file; <workspace>/features/<model>[-untrained].parquet by default."""
     batch_size: int = 16

@@ -3,7 +3,7 @@
 Shape legend: b windows, p parcels, t TRs of a window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,6 +49,7 @@ def training_windows(
     step: int,
     rank: int = 0,
     world_size: int = 1,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """One training batch, a pure function of its arguments: a resumed run needs no state.
 
@@ -67,9 +68,11 @@ def training_windows(
         step: The optimiser step, from 0.
         rank: This process.
         world_size: Number of processes.
+        transform: Applied to the whole recording before it is cropped, as a standardiser is when
+            recordings are embedded: a window's own mean and spread are not the recording's.
 
     Returns:
-        float32 [b, p, t]; missing parcels are NaN.
+        float32 [b, p, t]; missing parcels are NaN unless `transform` fills them.
 
     Raises:
         UserError: There are no rows, or a recording is shorter than a window.
@@ -80,12 +83,13 @@ def training_windows(
     items = np.arange(step * n_global, (step + 1) * n_global)
     dealt = _deal(rows, items, seed)
     share = np.random.default_rng([seed, step, 1]).random(n_global)
-    batch = np.empty((batch_size, recordings.n_parcels, window_trs), dtype=np.float32)
-    for slot, item in enumerate(range(rank, n_global, world_size)):
+    batch = []
+    for item in range(rank, n_global, world_size):
         bold = recordings.read(int(dealt[item]))
+        bold = bold if transform is None else transform(bold)
         start = int(share[item] * (bold.shape[1] - window_trs + 1))
-        batch[slot] = bold[:, start : start + window_trs]
-    return batch
+        batch.append(bold[:, start : start + window_trs])
+    return np.stack(batch)
 
 
 def check_lengths(recordings: Recordings, rows: np.ndarray, window_trs: int) -> None:

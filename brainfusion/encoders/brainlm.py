@@ -73,7 +73,7 @@ class BrainLMConfig:
     n_landmarks: int = 64
     """Landmarks of Nystrom attention; without effect in full attention."""
     xyz_unit_mm: float = 1.0
-    """Centroids are divided by this. 1 is upstream's raw millimetres, which drown the signal
+    """Centroids are divided by this. 1 is upstream's raw millimetres: they drown the signal,
     until long training has weighed them down; fresh small models learn sooner with about 50."""
     conv_kernel_size: int | None = 65
     """Taps of the depthwise convolution along the tokens (odd); null in a YAML leaves it out."""

@@ -208,8 +208,9 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
             step=step,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            transform=standardiser.transform,
         )
-        batch = torch.from_numpy(standardiser.transform(bold)).to(ranks.device)
+        batch = torch.from_numpy(bold).to(ranks.device)
         draws = objective.draw(optim.batch_size, seed=run.seed, step=step)
         draws = [draw[ranks.rank :: ranks.world_size].to(ranks.device) for draw in draws]
 
@@ -299,11 +300,10 @@ class _Validation:
                 f"do not go round {ranks.world_size} processes: use fewer processes, or a larger "
                 "--n-validation."
             )
-        window = objective.window_trs
-        bold = np.stack([cohort.recordings.read(row)[:, :window] for row in rows[:n_rows]])
         draws = objective.draw(n_rows, seed=settings.run.seed, step=2**31)
         mine = slice(ranks.rank, None, ranks.world_size)
-        self._bold = torch.from_numpy(standardiser.transform(bold[mine]))
+        bold = [standardiser.transform(cohort.recordings.read(row)) for row in rows[:n_rows][mine]]
+        self._bold = torch.from_numpy(np.stack([x[:, : objective.window_trs] for x in bold]))
         self._draws: list[Tensor] = [draw[mine] for draw in draws]
 
     @torch.no_grad()

@@ -84,6 +84,13 @@ def test_starts_are_uniform_with_the_last_window_included(recordings):
     assert np.abs(counts - 2560 / 13).max() < 5 * 13.5
 
 
+def test_the_whole_recording_is_transformed_before_it_is_cropped(recordings):
+    plain = draw(recordings, 3)
+    moved = draw(recordings, 3, transform=lambda bold: bold - bold[:, -1:])
+    last = np.stack([recordings.read(int(row))[:, -1:] for row in plain[:, 0, 0] // 1000])
+    np.testing.assert_array_equal(moved, plain - last)
+
+
 def test_recordings_that_are_too_short_are_counted(recordings):
     with pytest.raises(UserError, match=r"4 of 7 recordings are shorter than a window of 21 TRs"):
         training_windows(recordings, list(range(7)), window_trs=21, batch_size=1, seed=0, step=0)

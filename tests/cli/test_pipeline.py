@@ -1,0 +1,232 @@
+import json
+import re
+
+import numpy as np
+import polars as pl
+import pytest
+
+from brainfusion.cli.align import shuffled
+from brainfusion.cli.pairs import Pairs
+from brainfusion.data.cohort import Cohort
+from brainfusion.data.features import read_features, write_features
+from brainfusion.runtime.files import read_json
+from brainfusion.runtime.logs import read_metrics
+from tests.cli.conftest import BRIEF
+
+SCORED = {"auc", "ci_low", "ci_high", "p_value", "chance", "n_gallery", "attainable", "unit"} | {
+    f"{name}{tail}"
+    for name in ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "mrr")
+    for tail in ("", "_chance")
+}
+
+
+@pytest.fixture(scope="module")
+def results(site):
+    return read_json(site.workspace / "results.json")
+
+
+def embeddings(site, pair="brainjepa-evo2"):
+    folder = site.workspace / "align" / pair / "embeddings"
+    return {tower: read_features(folder / f"{tower}.parquet") for tower in ("brain", "dna")}
+
+
+# -- what the stages leave -------------------------------------------------------------------------
+
+
+def test_every_stage_leaves_the_files_that_the_formats_name(site):
+    made = {
+        path.relative_to(site.workspace).as_posix()
+        for path in site.workspace.rglob("*")
+        if path.is_file()
+    }
+    run, step = "align/brainjepa-evo2", "checkpoints/step-0000004"
+    for model in ("brainjepa", "brainlm"):
+        expected = {
+            f"pretrain/{model}/{name}" for name in ("config.yaml", "metrics.jsonl", "summary.json")
+        }
+        expected |= {
+            f"pretrain/{model}/{step}/{name}"
+            for name in ("model.safetensors", "optimizer.pt", "state.json")
+        }
+        assert expected | {f"features/{model}.parquet"} <= made
+    assert {
+        f"{run}/{name}"
+        for name in (
+            "config.yaml",
+            "metrics.jsonl",
+            "summary.json",
+            "embeddings/brain.parquet",
+            "embeddings/dna.parquet",
+            "retrieval.json",
+        )
+    } <= made
+    assert {"probes.json", "results.json", "report.html"} <= made
+    # Nothing that was written aside is left behind.
+    assert not [name for name in made if "/." in f"/{name}"]
+
+
+def test_results_have_every_headline_number(results):
+    for direction in ("brain_to_dna", "dna_to_brain"):
+        row = results["retrieval"][direction]
+        assert row.keys() >= SCORED
+        assert row["ci_low"] <= row["auc"] <= row["ci_high"]
+        assert 0 < row["p_value"] <= 1
+        assert row["chance"] == 0.5
+        assert row["n_gallery"] == results["alignment"]["n_test"] == 24
+        assert 0.5 < row["attainable"] <= 1
+    control = results["retrieval"]["shuffled_control"]
+    assert control.keys() >= {"auc", "standard_error"}
+    assert abs(control["auc"] - 0.5) <= 3 * control["standard_error"]
+    baselines = [row["name"] for row in results["retrieval"]["baselines"]]
+    assert any("connectome" in name for name in baselines)
+    assert any("ridge-CCA" in name for name in baselines)
+
+
+def test_results_have_a_row_for_each_probe_and_the_confounds_alone(results):
+    rows = results["probes"]
+    assert {row["target"] for row in rows} == {"age", "mdd"}
+    keys = {"target", "kind", "features", "metric", "value", "ci_low", "ci_high", "p_value", "n"}
+    assert all(row.keys() >= keys for row in rows)
+    for target in ("age", "mdd"):
+        names = [row["features"] for row in rows if row["target"] == target]
+        assert names[0] == "confounds only"
+        assert {"brainjepa features", "connectome", "evo2 vectors"} <= set(names)
+
+
+def test_results_say_who_was_there_and_how_each_part_was_made(site, results):
+    cohort = Cohort.open(site.cohort)
+    assert results["cohort"]["n_people"] == 120
+    assert results["cohort"]["hash"] == cohort.hash
+    assert results["cohort"]["splits"]["hash"] == cohort.splits().hash
+    assert results["pretraining"].keys() == {"brainjepa", "brainlm"}
+    assert results["alignment"]["n_train"] + results["alignment"]["n_validation"] == 96
+    assert results["config"].keys() == {"align", "brainjepa", "brainlm"}
+    assert results["config"]["brainlm"]["encoder"]["n_parcels"] == 20
+    for path in (results["alignment"]["metrics"], results["pretraining"]["brainlm"]["metrics"]):
+        assert read_metrics(site.workspace / path)
+
+
+def test_the_report_is_one_file_that_needs_no_network(site):
+    page = (site.workspace / "report.html").read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    fetched = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|(@import)""", page)
+    targets = [next(filter(None, groups), "") for groups in fetched]
+    # Anchors within the page, and data that it carries itself.
+    assert [t for t in targets if not t.strip("\"'").startswith(("#", "data:"))] == []
+    assert "<script" not in page or "http" not in "".join(re.findall("<script.*?</script>", page))
+
+
+def test_no_subject_id_is_in_any_report_result_or_log(site):
+    ids = Cohort.open(site.cohort).subjects["subject"].to_list()
+    named = re.compile("|".join(map(re.escape, ids)))
+    texts = [
+        path
+        for path in site.workspace.rglob("*")
+        if path.suffix in (".html", ".json", ".jsonl", ".yaml")
+    ]
+    assert len(texts) > 15
+    assert [path.name for path in texts if named.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_a_second_pretraining_is_a_word_and_not_an_hour(site, done):
+    before = site.checkpoint("brainlm").stat().st_mtime_ns
+    from tests.cli.conftest import SMALL
+
+    said = done("pretrain", "--model", "brainlm", *SMALL, *site.place)
+    assert "already trained to step 4" in said.err
+    assert site.checkpoint("brainlm").stat().st_mtime_ns == before
+
+
+# -- queries ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asking", "searched"), [("dna", "brain"), ("brain", "dna")])
+def test_a_query_finds_the_nearest_people_of_the_other_modality(site, done, asking, searched):
+    towers = embeddings(site)
+    person = towers["brain"].subjects[7]
+    said = done("retrieve", "--query", person, "--query-from", asking, "--json", *site.place)
+    rows = json.loads(said.out)
+    scores = towers[searched].vectors @ towers[asking].vectors[7]
+    nearest = [towers[searched].subjects[i] for i in np.argsort(-scores)[:10]]
+    assert [row["id"] for row in rows] == nearest
+    np.testing.assert_allclose(
+        [row["score"] for row in rows], np.sort(scores)[::-1][:10], atol=1e-5
+    )
+    assert person not in said.err
+
+
+def test_a_query_among_test_people_names_no_others(site, done):
+    towers = embeddings(site)
+    test = set(pl.Series(towers["brain"].subjects).filter(towers["brain"].extra["split"] == "test"))
+    person = towers["brain"].subjects[0]
+    said = done(
+        "retrieve", "--query", person, "--among", "test", "--top", 50, "--json", *site.place
+    )
+    assert {row["id"] for row in json.loads(said.out)} == test
+
+
+def test_a_query_prints_a_table_that_marks_the_person(site, done):
+    person = embeddings(site)["dna"].subjects[3]
+    said = done("retrieve", "--query", person, "--top", 120, *site.place)
+    lines = said.out.splitlines()
+    assert "whose brain is nearest to this person's dna" in lines[0]
+    assert len(lines) == 2 + 120
+    assert [line.split()[1] for line in lines if "the same person" in line] == [person]
+
+
+# -- other inputs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dna", ["generator", "caduceus"])
+def test_the_other_dna_models_are_imported_aligned_and_scored(site, done, dna):
+    source = site.cohort / "sources" / dna
+    said = done("import", "--dna", dna, source, "--cohort", site.cohort)
+    assert f"{dna}: 120 people (120 of the cohort's 120)" in said.err
+    pair = ("--brain", "brainlm", "--dna", dna, *site.place)
+    done("align", "--max-steps", 5, *pair)
+    done("retrieve", *BRIEF, *pair)
+    scores = read_json(site.workspace / "align" / f"brainlm-{dna}" / "retrieval.json")
+    assert scores["dna_to_brain"].keys() >= SCORED
+
+
+def test_anyones_features_are_aligned_and_a_planted_link_is_found(site, done):
+    # The latent traits themselves, with noise: what a perfect encoder would see.
+    latents = pl.read_parquet(site.cohort / "truth" / "latents.parquet")
+    traits = latents.select(pl.selectors.starts_with("trait_")).to_numpy()
+    noise = np.random.default_rng(0).normal(size=traits.shape)
+    path = site.workspace / "features" / "mine.parquet"
+    write_features(path, latents["subject"].to_list(), traits + 0.3 * noise, provenance={})
+    pair = ("--brain", "mine", "--dna", "evo2", *site.place)
+    done("align", *pair)
+    said = done("retrieve", "--permutations", 199, "--bootstrap", 50, *pair)
+    assert "brain to DNA" in said.out
+    scores = read_json(site.workspace / "align" / "mine-evo2" / "retrieval.json")
+    for direction in ("brain_to_dna", "dna_to_brain"):
+        assert scores[direction]["auc"] > 0.65
+        assert scores[direction]["p_value"] <= 0.02
+    assert scores["shuffled_control"]["within_3_standard_errors"]
+
+
+def test_an_earlier_runs_config_gives_the_same_alignment(site, done, tmp_path):
+    config = site.workspace / "align" / "brainjepa-evo2" / "config.yaml"
+    done("align", "--config", config, "--no-control", "--out", tmp_path / "again", *site.place)
+    for tower, was in embeddings(site).items():
+        now = read_features(tmp_path / "again" / "embeddings" / f"{tower}.parquet")
+        assert now.subjects == was.subjects
+        np.testing.assert_array_equal(now.vectors, was.vectors)
+    assert not (tmp_path / "again" / "control").exists()
+
+
+def test_the_control_pairs_people_with_others_of_the_same_split():
+    n = 40
+    labels = ["train"] * 25 + ["validation"] * 5 + ["test"] * 10
+    dna = np.arange(n, dtype=np.float32)[:, None]
+    people = pl.DataFrame({"subject": [f"p{i}" for i in range(n)]})
+    pairs = Pairs(people=people, brain=dna, dna=dna, labels=labels, provenance={}, flow=[], rows=[])
+    control = shuffled(pairs, seed=0)
+    assert control.labels == labels
+    assert control.brain is pairs.brain
+    order = control.dna[:, 0].astype(int)
+    assert sorted(order) == list(range(n))
+    assert [labels[i] for i in order] == labels
+    assert np.mean(order == np.arange(n)) < 0.2
