@@ -24,6 +24,7 @@ from brainfusion.runtime.logs import say
 from brainfusion.runtime.threads import one_thread
 
 COVARIATES = ("age", "sex", "site", "motion")
+BLOCKS = ("site", "group")
 STRATA = ("site", "group", "sex")
 DIRECTIONS = {"query_to_gallery": "brain_to_dna", "gallery_to_query": "dna_to_brain"}
 
@@ -106,7 +107,7 @@ def score(
         "n_bootstrap": options.bootstrap,
         "seed": options.seed,
     }
-    blocks = people["site"].to_list() if "site" in people.columns else None
+    blocks = exchangeable(people)
     found = retrieval_metrics(brain, dna, blocks=blocks, **inference)
     ceiling = _attainable(cohort)
     scores: dict[str, Any] = {name: {**found[key], **ceiling} for key, name in DIRECTIONS.items()}
@@ -128,7 +129,7 @@ def score(
         labels=pairs.labels,
         covariates=covariate_matrix(pairs.people, covariates) if covariates else None,
         families=pairs.families,
-        blocks=pairs.people["site"].to_list() if blocks else None,
+        blocks=exchangeable(pairs.people),
         n_permutations=options.permutations,
         n_bootstrap=options.bootstrap,
         seed=options.seed,
@@ -137,6 +138,18 @@ def score(
     scores["strata"] = stratified_auc(brain, dna, strata, blocks=blocks, **inference)
     _write_figures(run_dir / "similarity.npz", brain, dna, seed=options.seed)
     return scores
+
+
+def exchangeable(people: pl.DataFrame) -> list[str] | None:
+    """Within what people may be exchanged in a permutation: their site and ancestry group.
+
+    Groups recruited by site look coupled in both modalities without any link in a person.
+    """
+    known = [name for name in BLOCKS if name in people.columns]
+    if not known:
+        return None
+    text = [pl.col(name).cast(pl.String).fill_null("unknown") for name in known]
+    return people.select(pl.concat_str(text, separator="/")).to_series().to_list()
 
 
 def _test_embeddings(run_dir: Path, cohort: Cohort) -> tuple[np.ndarray, np.ndarray, pl.DataFrame]:

@@ -29,6 +29,7 @@ from brainfusion.eval.rows import (
     direction_of,
     gallery_text,
     number,
+    p_text,
     rounded,
     row_p,
     with_interval,
@@ -165,7 +166,7 @@ def _leak(retrieval: Row) -> list[str]:
         f"attainable {rounded(attainable(row))}. Information leaks from somewhere; do not use "
         "these figures before it is found."
         for name, row in rows.items()
-        if number(row, "ci_low") > attainable(row)
+        if number(row, "ci_low") > attainable(row) and evidence(row) == "found"
     ]
 
 
@@ -265,9 +266,26 @@ def _baselines(retrieval: Row) -> list[str]:
     name, own = f"{best}, with {_in_words(groups[best])}", f"AUC {with_interval(ours)}"
     if not _found(retrieval) and number(theirs, "ci_low") <= 0.5:
         return [f"The baselines find nothing either; the best is {name}."]
+    tops = [attainable(retrieval[name]) for name in DIRECTIONS if retrieval.get(name)]
+    if tops and number(theirs, "ci_low") > max(tops):
+        return [
+            f"Warning: {name} is above the attainable {rounded(max(tops))}. What it finds is a "
+            "confound and no link between brain and DNA, so it is not the standard to beat."
+        ]
+    p = min(number(row, "p_value") for row in _comparable(groups[best]))
+    if number(theirs, "ci_low") > 0.5 and p >= 0.05:
+        return [
+            f"Warning: {name}, is above chance but not above what exchanging people within their "
+            f"site and group gives ({p_text(p)}): it rests on what differs between those."
+        ]
     if ours["auc"] <= theirs["auc"]:
         if number(ours, "ci_high") < number(theirs, "ci_low"):
-            end = f"its own is clearly lower, {own}. Prefer the baseline."
+            end = f"its own is clearly lower, {own}. "
+            end += (
+                "But covariates alone find partners too: the baseline may rest on them."
+                if _covariates(retrieval)
+                else "Prefer the baseline."
+            )
         else:
             end = f"its own is {own}, so the simpler method is enough."
         return [f"The aligner does not beat the best baseline, {name}: {end}"]

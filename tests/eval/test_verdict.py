@@ -165,6 +165,34 @@ def test_the_aligner_is_compared_honestly_with_the_best_baseline(auc, low, high,
     assert expected in only(retrieval(ours, ours, baselines=rows), "baseline")
 
 
+def test_a_baseline_above_the_attainable_is_called_a_confound_and_no_standard():
+    ours = direction(0.51, 0.47, 0.55, 0.36, attainable=0.5)
+    row = direction(0.74, 0.71, 0.77, 0.001, name="ridge-CCA, connectome")
+    text = only(retrieval(ours, ours, baselines=[row]), "ridge-CCA")
+    assert "is above the attainable 0.50" in text
+    assert "Prefer" not in text
+    ours["attainable"] = 0.9
+    assert "Prefer the baseline" in only(retrieval(ours, ours, baselines=[row]), "ridge-CCA")
+
+
+def test_a_baseline_that_block_permutation_explains_is_no_standard_either():
+    ours = direction(0.51, 0.47, 0.55, 0.36)
+    row = direction(0.74, 0.71, 0.77, 0.28, name="ridge-CCA, connectome")
+    text = only(retrieval(ours, ours, baselines=[row]), "ridge-CCA")
+    assert "p = 0.28" in text
+    assert "rests on what differs between those" in text
+
+
+def test_covariates_that_find_partners_cast_doubt_on_a_better_baseline():
+    ours = direction(0.60, 0.56, 0.64, 0.001)
+    rows = [
+        direction(0.74, 0.71, 0.77, 0.001, name="ridge-CCA, connectome"),
+        direction(0.63, 0.59, 0.67, 0.001, name="covariates only"),
+    ]
+    text = only(retrieval(ours, ours, baselines=rows), "does not beat")
+    assert text.endswith("covariates alone find partners too: the baseline may rest on them.")
+
+
 def test_baselines_in_two_directions_are_averaged():
     ours = direction(0.80, 0.77, 0.83, 0.001)
     rows = [
