@@ -8,7 +8,7 @@ from pathlib import Path
 
 from brainfusion.runtime import threads
 from brainfusion.runtime.errors import UserError
-from brainfusion.runtime.logs import say
+from brainfusion.runtime.logs import complain, say
 
 COMMANDS = {
     "demo": "run every stage on a simulated cohort and write a report",
@@ -42,7 +42,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
     from brainfusion.runtime.errors import nearest
 
     if command not in COMMANDS:
-        say(f"error: unknown command '{command}'. {nearest(command, COMMANDS)}")
+        complain(f"unknown command '{command}'. {nearest(command, COMMANDS)}")
         return 2
     threads.set_environment()
     module = import_module(
@@ -51,22 +51,21 @@ def run(command: str, argv: list[str] | None = None) -> int:
     try:
         return module.main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        say(f"error: {error}")
+        complain(str(error))
     except BrokenPipeError:
         # The reader has left, as `| head` does; nothing is left to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         # Disks fill up, folders are read-only, files vanish: the system's words name the file.
-        say(
-            f"error: {error.strerror or error}{_place(error)}. Check that the path exists, is "
-            "writable and has space."
+        complain(
+            f"{error.strerror or error}{_place(error)}. Check that the path exists, is writable "
+            "and has space."
         )
     except _native_errors() as error:
-        if not (found := re.search(r"os error (\d+)|inline_container", str(error))):
+        if (words := _system_words(str(error))) is None:
             raise
-        reason = os.strerror(int(found[1])) if found[1] else "write failed"
-        say(f"error: {reason}: a file could not be written. Free space, or give another folder.")
+        complain(words)
     except KeyboardInterrupt:
         say("interrupted.")
         return 130
@@ -83,7 +82,7 @@ def _place(error: OSError) -> str:
 
 
 def _native_errors() -> tuple[type[Exception], ...]:
-    """What polars, safetensors and torch make of a disk that fails.
+    """What polars, safetensors and torch make of a disk or a process that fails.
 
     They are loaded by whoever raises them, so this is looked up only when something went wrong.
     """
@@ -91,6 +90,16 @@ def _native_errors() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     return PolarsError, SafetensorError, RuntimeError
+
+
+def _system_words(text: str) -> str | None:
+    """What happened, if the error is the system's and no bug of ours."""
+    if found := re.search(r"os error (\d+)|inline_container", text):
+        reason = os.strerror(int(found[1])) if found[1] else "Write failed"
+        return f"{reason}: a file could not be written. Free space, or give another folder."
+    if re.search(r"Connection (closed|reset) by peer", text):
+        return "another process of this run stopped; its own message says why."
+    return None
 
 
 def _help() -> str:

@@ -1,4 +1,8 @@
-"""`brainfusion demo`: every stage on a simulated cohort, from recordings to a report."""
+"""`brainfusion demo`: every stage on a simulated cohort, from recordings to a report.
+
+Each stage is a command that you could type, and is printed as one. Run it again and finished stages
+are not done again; after an error, mend it and run the demo again.
+"""
 
 import os
 import shlex
@@ -6,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from brainfusion import __version__
 from brainfusion.cli.options import parse
+from brainfusion.cli.workspace import check_replaceable, known_dna
 from brainfusion.runtime import threads
 from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.files import check_writable, hash_json, read_json, write_json
@@ -23,8 +28,8 @@ class DemoOptions:
     """Options of `brainfusion demo`."""
 
     preset: str = "demo"
-    """Which cohort: demo (a planted link), null (nothing to find), moderate, realistic, and the
-    traps stratification and family."""
+    """Which cohort: demo (a planted link), moderate, realistic, null (nothing to find),
+    or a trap that looks like a link: stratification, family."""
     out: Path | None = None
     """The workspace; runs/demo, or runs/demo-<preset>."""
     brain: str = "brainjepa"
@@ -39,14 +44,14 @@ class DemoOptions:
 
 def main(argv: list[str]) -> int:
     """Run the stages, each as the command that a user would type; skip finished ones."""
-    from brainfusion.data.simulate import PRESETS
-
     options = parse(DemoOptions, argv, prog="brainfusion demo", description=__doc__ or "")
-    if options.preset not in PRESETS:
-        raise UserError(f"unknown preset '{options.preset}'. {nearest(options.preset, PRESETS)}")
+    _check(options)
     name = "demo" if options.preset == "demo" else f"demo-{options.preset}"
     root = options.out or Path("runs") / name
     if options.fresh or _is_of_another_cohort(options, root):
+        check_replaceable(root, "cohort/truth")
+        if root.exists():
+            say(f"{root} is made anew.")
         shutil.rmtree(root, ignore_errors=True)
     check_writable(root)
     known, rows, stale = _finished(root), [], False
@@ -58,10 +63,16 @@ def main(argv: list[str]) -> int:
                 say(f"[{stage.name}] done before ({before['seconds']:.0f} s)")
                 rows.append({**before, "cached": True})
             else:
-                waiting.append(stage)
-        rows += _run_side_by_side(waiting)
+                waiting.append(stage.again() if before and before["key"] != stage.key else stage)
+        finished, failed = _run_side_by_side(waiting)
+        rows += finished
         stale = stale or bool(waiting)
         write_json(root / "stages.json", {"stages": rows})
+        if failed:
+            raise UserError(
+                f"{' and '.join(failed)} failed; the message is above. Finished stages are kept: "
+                "mend it and run the demo again."
+            )
     print(_table(rows))
     print(f"report:  {root / 'report.html'}\nnumbers: {root / 'results.json'}")
     return 0
@@ -78,7 +89,29 @@ class Stage:
     @property
     def key(self) -> str:
         """Changes with the command and with the package's version."""
-        return hash_json([__version__, self.command])
+        return hash_json([__version__, [word for word in self.command if word != "--restart"]])
+
+    def again(self) -> "Stage":
+        """The same after an earlier version of it, which pretraining would go on from."""
+        pretraining = self.command[0] == "pretrain"
+        return replace(self, command=[*self.command, "--restart"]) if pretraining else self
+
+
+def _check(options: DemoOptions) -> None:
+    """Refuse what a late stage would refuse, before the first one runs."""
+    from brainfusion.data.simulate import PRESETS
+    from brainfusion.encoders import ENCODERS
+
+    if options.preset not in PRESETS:
+        raise UserError(f"unknown preset '{options.preset}'. {nearest(options.preset, PRESETS)}")
+    if options.brain not in ENCODERS:
+        raise UserError(f"unknown encoder '{options.brain}'. {nearest(options.brain, ENCODERS)}")
+    known_dna(options.dna)
+    if options.n_people is not None and options.n_people < 40:
+        raise UserError(
+            f"--n-people {options.n_people}: expected 40 or more: a tenth of them validates, and "
+            "that takes 4."
+        )
 
 
 def _plan(options: DemoOptions, root: Path) -> list[list[Stage]]:
@@ -117,8 +150,12 @@ def _plan(options: DemoOptions, root: Path) -> list[list[Stage]]:
     ]
 
 
-def _run_side_by_side(stages: list[Stage]) -> list[dict[str, Any]]:
-    """Run each stage in a process of its own; its seconds and its own peak memory."""
+def _run_side_by_side(stages: list[Stage]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run each stage in a process of its own; its seconds and its own peak memory.
+
+    Returns:
+        A row for each stage that ended well, and the others in words.
+    """
     environment = dict(os.environ)
     if len(stages) > 1:
         # A share of the cores each, and plain lines of progress instead of rewritten ones.
@@ -128,13 +165,18 @@ def _run_side_by_side(stages: list[Stage]) -> list[dict[str, Any]]:
     for stage in stages:
         say(f"[{stage.name}] brainfusion {shlex.join(stage.command)}")
         words = [sys.executable, "-m", "brainfusion.cli", *stage.command]
-        running[subprocess.Popen(words, env=environment).pid] = stage
+        process = subprocess.Popen(words, env=environment)
+        running[process.pid] = stage, process
     rows, failed = {}, []
-    while len(rows) < len(stages):
+    while running:
         pid, status, usage = os.wait4(-1, 0)
-        stage = running[pid]
-        if code := os.waitstatus_to_exitcode(status):
-            failed.append(f"'{stage.name}' (exit code {code})")
+        if pid not in running:
+            continue
+        stage, process = running.pop(pid)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            failed.append(f"'{stage.name}' (exit code {process.returncode})")
+            continue
         rows[stage.name] = {
             "name": stage.name,
             "key": stage.key,
@@ -142,12 +184,7 @@ def _run_side_by_side(stages: list[Stage]) -> list[dict[str, Any]]:
             "peak_mib": round(usage.ru_maxrss / 1024, 1),
             "cached": False,
         }
-    if failed:
-        raise UserError(
-            f"the stage {' and '.join(failed)} failed; its own message is above. Finished stages "
-            "are kept: mend it and run the demo again."
-        )
-    return [rows[stage.name] for stage in stages]
+    return [rows[stage.name] for stage in stages if stage.name in rows], failed
 
 
 def _is_of_another_cohort(options: DemoOptions, root: Path) -> bool:

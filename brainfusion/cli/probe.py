@@ -67,8 +67,6 @@ def main(argv: list[str]) -> int:
 
 
 def _probe(options: ProbeOptions, workspace: Workspace, run_dir, targets) -> pl.DataFrame:
-    from brainfusion.eval.probes import probe
-
     cohort = workspace.open_cohort()
     pairs = load_pairs(workspace, cohort, brain=options.brain, dna=options.dna)
     held_out = np.array([label != "train" for label in pairs.labels])
@@ -80,23 +78,48 @@ def _probe(options: ProbeOptions, workspace: Workspace, run_dir, targets) -> pl.
         f"probing {len(subjects)} people on whom the alignment was not trained: "
         f"{', '.join(targets)}"
     )
-    with one_thread():
-        return probe(
-            {
-                f"{options.brain} features": pairs.brain[held_out],
-                "connectome": connectomes(cohort, pairs)[held_out],
-                f"{options.dna} vectors": pairs.dna[held_out],
-                "brain embedding": towers["brain"].select(subjects),
-                "DNA embedding": towers["dna"].select(subjects),
-            },
-            pairs.people.filter(pl.Series(held_out)),
-            targets,
-            confounds=options.confounds,
-            n_folds=options.n_folds,
-            n_permutations=options.permutations,
-            n_bootstrap=options.bootstrap,
-            seed=options.seed,
-        )
+    features = {
+        f"{options.brain} features": pairs.brain[held_out],
+        "connectome": connectomes(cohort, pairs)[held_out],
+        f"{options.dna} vectors": pairs.dna[held_out],
+        "brain embedding": towers["brain"].select(subjects),
+        "DNA embedding": towers["dna"].select(subjects),
+    }
+    return _predict(options, features, pairs.people.filter(pl.Series(held_out)), targets)
+
+
+def _predict(
+    options: ProbeOptions, features: dict[str, np.ndarray], people: pl.DataFrame, targets: list[str]
+) -> pl.DataFrame:
+    """Probe all targets; one that was not asked for and cannot be predicted is left out and said.
+
+    Raises:
+        UserError: A target that was asked for cannot be predicted, or none can.
+    """
+    from brainfusion.eval.probes import TargetError, probe
+
+    while targets:
+        try:
+            with one_thread():
+                return probe(
+                    features,
+                    people,
+                    targets,
+                    confounds=options.confounds,
+                    n_folds=options.n_folds,
+                    n_permutations=options.permutations,
+                    n_bootstrap=options.bootstrap,
+                    seed=options.seed,
+                )
+        except TargetError as error:
+            if options.targets:
+                raise
+            say(f"left out: {error}")
+            targets = [name for name in targets if name != error.target]
+    raise UserError(
+        "subjects.parquet has no column that can be predicted: add age, sex or phenotypes, as "
+        "numbers or two labels."
+    )
 
 
 def _targets(options: ProbeOptions, subjects: pl.DataFrame) -> list[str]:

@@ -47,18 +47,23 @@ def main(argv: list[str]) -> int:
 
 
 def gather(workspace: Workspace, brain: str, dna: str) -> dict[str, Any]:
-    """All numbers of a workspace, as docs/formats.md lays them out.
+    """All numbers of a workspace, as docs/formats.md lays them out; the demo's are made if need be.
 
     Raises:
         UserError: There is no alignment to report.
     """
     run_dir = workspace.align_dir(brain, dna)
     if not (run_dir / "retrieval.json").exists():
-        raise UserError(
-            f"{run_dir / 'retrieval.json'} does not exist: run 'brainfusion retrieve --brain "
-            f"{brain} --dna {dna} {' '.join(workspace.options())}'".rstrip()
-            + " first."
-        )
+        from brainfusion.cli import retrieve
+
+        flags = ["--brain", brain, "--dna", dna, *workspace.options()]
+        if not workspace.demo:
+            raise UserError(
+                f"{run_dir / 'retrieval.json'} does not exist: run 'brainfusion retrieve "
+                f"{' '.join(flags)}' first."
+            )
+        say(f"{run_dir / 'retrieval.json'} is missing: scoring {brain} and {dna}")
+        retrieve.main(flags)
     cohort = workspace.open_cohort()
     splits, summary = cohort.splits(), read_json(run_dir / "summary.json")
     facts = cohort.describe() | {

@@ -72,6 +72,14 @@ SCHEMA = {
 }
 
 
+class TargetError(UserError):
+    """A target that cannot be predicted; `target` is its name."""
+
+    def __init__(self, target: str, has: str) -> None:
+        super().__init__(f"target '{target}' has {has}")
+        self.target = target
+
+
 def probe(
     features: dict[str, np.ndarray] | np.ndarray,
     subjects: pl.DataFrame,
@@ -363,10 +371,11 @@ def _check_classes(target: _Target, folds: np.ndarray) -> None:
     """Two classes in each fold: every training set has both, and every fold is scored."""
     counts = [np.bincount(folds[target.values == c], minlength=folds.max() + 1) for c in (0, 1)]
     if min(map(min, counts)) == 0:
-        raise UserError(
-            f"target '{target.name}' has {int(target.values.sum())} positive of "
-            f"{len(target.values)} people: {folds.max() + 1} folds need some of both classes each; "
-            "use fewer folds or leave this target out."
+        raise TargetError(
+            target.name,
+            f"{int(target.values.sum())} positive of {len(target.values)} people: "
+            f"{folds.max() + 1} folds need some of both classes each; use fewer folds or leave "
+            "this target out.",
         )
 
 
@@ -428,14 +437,15 @@ def _target(subjects: pl.DataFrame, name: str) -> _Target:
     column = column.drop_nulls()
     levels = column.unique().sort()
     if len(levels) < 2:
-        raise UserError(
-            f"target '{name}' has {len(levels)} different values: expected 2 or more; leave it out."
+        raise TargetError(
+            name, f"{len(levels)} different values: expected 2 or more; leave it out."
         )
     if len(levels) == 2:
         return _Target(name, True, known, (column == levels[1]).to_numpy().astype(np.float64))
     if not column.dtype.is_numeric():
-        raise UserError(
-            f"target '{name}' has {len(levels)} labels: expected numbers or two labels; recode it "
-            "as one column a label."
+        raise TargetError(
+            name,
+            f"{len(levels)} labels: expected numbers or two labels; recode it as one column a "
+            "label.",
         )
     return _Target(name, False, known, column.cast(pl.Float64).to_numpy())

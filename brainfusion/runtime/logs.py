@@ -11,8 +11,17 @@ from brainfusion.runtime.files import write_text
 
 
 def say(text: str) -> None:
-    """Print a line about what is being done, on standard error; results go to standard output."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line about what is being done, on standard error; results go to standard output.
+
+    Of the processes that torchrun starts only the first speaks: they all do the same.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def complain(text: str) -> None:
+    """Print an error as one line on standard error, whichever process it is."""
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 class MetricsLog:

@@ -3,7 +3,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -119,10 +118,9 @@ def test_torchrun_aligns_on_the_demo_cohort_making_what_is_missing(site, tmp_pat
     shutil.copytree(site.cohort, root / "cohort")
     shutil.rmtree(root / "cohort" / "genetics")
     shutil.copytree(site.workspace / "pretrain" / "brainjepa", root / "pretrain" / "brainjepa")
-    begin = time.monotonic()
-    said = torchrun("align.py", "--brain", "brainjepa", "--dna", "evo2", cwd=tmp_path)
+    pair = ("--brain", "brainjepa", "--dna", "evo2", "--max-steps", 5, "--no-control")
+    said = torchrun("align.py", *pair, cwd=tmp_path)
     assert said.returncode == 0, said.stderr
-    assert time.monotonic() - begin < 60
     assert "features/brainjepa.parquet is missing: embedding the demo cohort" in said.stderr
     assert "genetics/evo2 is missing: importing" in said.stderr
     run = root / "align" / "brainjepa-evo2"

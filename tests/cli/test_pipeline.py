@@ -1,17 +1,19 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import polars as pl
 import pytest
 
+from brainfusion.cli import retrieve
 from brainfusion.cli.align import shuffled
 from brainfusion.cli.pairs import Pairs
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import read_features, write_features
 from brainfusion.runtime.files import read_json
 from brainfusion.runtime.logs import read_metrics
-from tests.cli.conftest import BRIEF
+from tests.cli.conftest import BRIEF, SMALL
 
 SCORED = {"auc", "ci_low", "ci_high", "p_value", "chance", "n_gallery", "attainable", "unit"} | {
     f"{name}{tail}"
@@ -130,8 +132,6 @@ def test_no_subject_id_is_in_any_report_result_or_log(site):
 
 def test_a_second_pretraining_is_a_word_and_not_an_hour(site, done):
     before = site.checkpoint("brainlm").stat().st_mtime_ns
-    from tests.cli.conftest import SMALL
-
     said = done("pretrain", "--model", "brainlm", *SMALL, *site.place)
     assert "already trained to step 4" in said.err
     assert site.checkpoint("brainlm").stat().st_mtime_ns == before
@@ -205,6 +205,67 @@ def test_anyones_features_are_aligned_and_a_planted_link_is_found(site, done):
         assert scores[direction]["auc"] > 0.65
         assert scores[direction]["p_value"] <= 0.02
     assert scores["shuffled_control"]["within_3_standard_errors"]
+
+
+def test_recordings_and_dna_alone_are_enough_for_a_report(site, done, call, tmp_path):
+    """A newcomer's cohort: a folder of .npy and a folder of DNA files, and no table of people."""
+    cohort = Cohort.open(site.cohort)
+    (tmp_path / "npy").mkdir()
+    for i, subject in enumerate(cohort.recordings.index["subject"]):
+        np.save(tmp_path / "npy" / f"{subject}.npy", cohort.recordings.read(i))
+    (tmp_path / "names.txt").write_text("\n".join(cohort.atlas.parcels))
+    new = tmp_path / "new"
+    words = ("--tr-s", 2, "--parcels", tmp_path / "names.txt")
+    said = done("import", *words, tmp_path / "npy", "--out", new)
+    assert "kept 120 recordings of 120 people: 20 parcels" in said.out
+    assert "no table of people was given" in said.out
+    done("import", "--dna", "evo2", site.cohort / "sources" / "evo2", "--cohort", new)
+    place = ("--cohort", new, "--workspace", tmp_path / "work")
+    for command in (
+        ("pretrain", "--model", "brainjepa", *SMALL),
+        ("embed",),
+        ("align", "--max-steps", 5),
+        ("retrieve", *BRIEF),
+        ("report",),
+    ):
+        done(*command, *place)
+    error = call("probe", *BRIEF, *place).error
+    assert "subjects.parquet has no column that can be predicted" in error
+    scores = read_json(tmp_path / "work" / "results.json")["retrieval"]
+    assert scores["brain_to_dna"]["attainable"] is None
+    # One site for all: nothing to stay within.
+    assert scores["strata"] == []
+
+
+def test_a_report_of_the_demo_makes_the_scores_that_it_lacks(site, done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "runs" / "demo"
+    shutil.copytree(site.workspace, root)
+    shutil.copytree(site.cohort, root / "cohort")
+    scores = root / "align" / "brainjepa-evo2" / "retrieval.json"
+    scores.unlink()
+    real = retrieve.main
+    monkeypatch.setattr(retrieve, "main", lambda argv: real([*argv, *map(str, BRIEF)]))
+    said = done("report")
+    assert "retrieval.json is missing: scoring brainjepa and evo2" in said.err
+    assert read_json(root / "results.json")["retrieval"] == read_json(scores)
+
+
+def test_a_phenotype_that_cannot_be_predicted_is_left_out_unless_asked_for(
+    site, done, call, tmp_path
+):
+    copy = shutil.copytree(site.cohort, tmp_path / "copy")
+    table = pl.read_parquet(copy / "subjects.parquet").drop("cognition", "mdd", "age")
+    colour = pl.Series("colour", ["red", "green", "blue"] * 40)
+    rare = pl.Series("rare", [1] + [0] * 119)
+    table.with_columns(colour, rare).write_parquet(copy / "subjects.parquet")
+    work = shutil.copytree(site.workspace, tmp_path / "work")
+    place = ("--cohort", copy, "--workspace", work)
+    said = done("probe", *BRIEF, *place)
+    assert "left out: target 'colour' has 3 labels" in said.err
+    assert "left out: target 'rare' has" in said.err
+    assert {row["target"] for row in read_json(work / "probes.json")} == {"sex"}
+    assert "'colour' has 3 labels" in call("probe", "--targets", "colour", *BRIEF, *place).error
 
 
 def test_an_earlier_runs_config_gives_the_same_alignment(site, done, tmp_path):

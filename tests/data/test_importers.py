@@ -461,7 +461,7 @@ def test_the_command_imports_and_names_the_next_one(source, atlas, bold, capsys)
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
     assert "kept 3 recordings of 3 people: 4 parcels (small) x 12 TRs, TR 0.72 s" in printed
-    assert f"next: brainfusion pretrain --model brainlm --cohort {out}" in printed
+    assert f"next: brainfusion pretrain --model brainjepa --cohort {out}" in printed
     assert not any(subject in printed for subject in PEOPLE)
     assert_holds(out, bold)
 
@@ -470,8 +470,8 @@ def test_the_command_imports_and_names_the_next_one(source, atlas, bold, capsys)
     ("words", "message"),
     [
         (["SRC", "--out", "OUT"], "the TR is not given"),
-        (["--out", "OUT", "--tr-s", "2"], "--source is not given: expected brainfusion import"),
-        (["SRC", "--tr-s", "2"], "--out is not given: expected brainfusion import"),
+        (["--out", "OUT", "--tr-s", "2"], "missing: SOURCE A folder of recordings"),
+        (["SRC", "--tr-s", "2"], "missing: --out PATH The cohort folder to make"),
         (["SRC", "--out", "OUT", "--tr-s", "2", "--knd", "npy"], "--knd"),
         (["SRC", "--out", "OUT", "--tr-s", "2", "--kind", "nii"], "nii"),
     ],

@@ -570,5 +570,5 @@ def test_command_makes_the_preset_with_changes(tmp_path: Path, capsys: pytest.Ca
 def test_command_names_the_nearest_preset_and_asks_for_a_folder(tmp_path: Path):
     with pytest.raises(UserError, match="Did you mean 'moderate'"):
         command.main(["--preset", "modrate", "--out", str(tmp_path / "cohort")])
-    with pytest.raises(UserError, match="--out is missing"):
+    with pytest.raises(UserError, match="missing: --out PATH"):
         command.main([])
