@@ -11,7 +11,6 @@ import numpy as np
 
 from brainfusion.genetics import checks
 from brainfusion.genetics.features import UNKNOWN, GeneticFeatures, Provenance
-from brainfusion.genetics.files import Source
 from brainfusion.genetics.models import (
     SIMULATED,
     Checkpoint,
@@ -20,6 +19,7 @@ from brainfusion.genetics.models import (
     check_width,
     find_checkpoint,
 )
+from brainfusion.genetics.source import Source
 from brainfusion.runtime.errors import UserError, nearest
 
 

@@ -14,7 +14,7 @@ without objects.
 Shape legend: n people, g genes, c chunks, w stored width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ import numpy as np
 
 from brainfusion.genetics.checks import text_ids
 from brainfusion.genetics.features import MINIMAL
-from brainfusion.runtime.errors import UserError, nearest
+from brainfusion.genetics.source import Source, choose_layer
+from brainfusion.genetics.tables import open_long
+from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import read_json
 
 SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors", ".parquet")
@@ -32,17 +34,6 @@ _GENE_KEYS = ("genes", "gene", "gene_id")
 _UNNAMED_KEYS = ("embeddings", "embedding", "vectors", "vector")
 _ID_FILES = ("subjects", "genes")
 _VARIANT_KEYS = ("concat_avg_ws", "rc_concat_avg_ws")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Embeddings that are found, and read one gene at a time."""
-
-    subjects: tuple[str, ...]
-    genes: tuple[str, ...]
-    layer: str | None
-    load: Callable[[int], tuple[np.ndarray, str]]
-    """(column of a gene) -> (float32 [n, w] or [n, c, w], nan where absent; type as stored)."""
 
 
 @dataclass(kw_only=True)
@@ -84,8 +75,6 @@ def open_source(
     """
     files = _embedding_files(path)
     if files[0].suffix == ".parquet":
-        from brainfusion.genetics.tables import open_long
-
         return open_long(files, model=model, checkpoint=checkpoint, layer=layer, level=level)
     first = _open(files[0])
     folder = files[0].parent
@@ -116,26 +105,6 @@ def open_source(
         return to_float32(array, where=container.path)
 
     return Source(subjects=subjects, genes=tuple(by_gene), layer=chosen, load=load_file)
-
-
-def choose_layer(available: Sequence[str], wanted: str | None, *, where: Path) -> str | None:
-    """The layer to read: the only one, or the one that is asked for.
-
-    Raises:
-        UserError: Several, and none named; or the one named is not there.
-    """
-    if not available:
-        return wanted
-    if wanted is None:
-        if len(available) == 1:
-            return available[0]
-        raise UserError(
-            f"{where}: {len(available)} layers ({', '.join(available)}): say which to read "
-            "(layer=...)."
-        )
-    if wanted not in available:
-        raise UserError(f"{where}: no layer '{wanted}'. {nearest(wanted, available)}")
-    return wanted
 
 
 def to_float32(array: Any, *, where: Path) -> tuple[np.ndarray, str]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from brainfusion.genetics.checks import text_ids
-from brainfusion.genetics.files import Source, choose_layer
 from brainfusion.genetics.models import REGISTRY, plain_name
+from brainfusion.genetics.source import Source, choose_layer
 from brainfusion.runtime import logs
 from brainfusion.runtime.errors import UserError
 
