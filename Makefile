@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on a simulated cohort, ending in runs/demo/report.html
 # make test   the test suite
+# make slow   the demo at full size, with and without a link: what it must and must not find
 # make lint   ruff and pyright
 # make bench  side-by-side measurements
 # Each makes the environment in .venv first, if it is not there.
@@ -8,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test slow lint format bench clean
 
 setup: .venv/.installed
 
@@ -26,6 +27,9 @@ demo: .venv/.installed
 
 test: .venv/.installed .venv/.real-data
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
+slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
