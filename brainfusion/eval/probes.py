@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -43,6 +43,9 @@ from brainfusion.eval.statistics import (
 from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.logs import say
 from brainfusion.runtime.threads import one_thread
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONFOUNDS = ("age", "sex", "site", "motion")
 PENALTIES = np.logspace(-2, 5, 15)
@@ -82,7 +85,7 @@ class TargetError(UserError):
 
 def probe(
     features: dict[str, np.ndarray] | np.ndarray,
-    subjects: pl.DataFrame,
+    subjects: "pl.DataFrame | pd.DataFrame",
     targets: Sequence[str],
     *,
     confounds: Sequence[str] = CONFOUNDS,
@@ -96,8 +99,8 @@ def probe(
 
     Args:
         features: Name -> [n, d], or one array. Columns are not scaled one by one.
-        subjects: A row a person, in the order of the features. `family` keeps relatives in one
-            fold, `site` is what permutations stay within; both may be absent.
+        subjects: A row a person, in the order of the features, in polars or pandas. `family` keeps
+            relatives in one fold, `site` is what permutations stay within; both may be absent.
         targets: Columns of `subjects`. Two values make a binary target (the higher one, in sorting
             order, is positive); people without a value are left out and counted.
         confounds: Columns to hold against the features. The target itself is left out of them. The
@@ -114,6 +117,8 @@ def probe(
         (`metric`), `chance` 0 or 0.5; `penalty` is the median over folds; `confounds` are those
         used.
     """
+    if not isinstance(subjects, pl.DataFrame):
+        subjects = pl.from_pandas(subjects)
     named = _named(features, subjects.height)
     known = _known_confounds(subjects, confounds)
     parsed = [_target(subjects, name) for name in dict.fromkeys(targets)]

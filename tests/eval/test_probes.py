@@ -284,3 +284,13 @@ def test_wrong_input_is_one_clear_line(change, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
         probe(given.pop("features"), given.pop("subjects"), given.pop("targets"), **given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pandas_table_of_people_gives_the_same_rows() -> None:
+    rng = np.random.default_rng(8)
+    table = pl.DataFrame({"subject": [f"{i:03d}" for i in range(90)], "y": rng.standard_normal(90)})
+    x = rng.standard_normal((90, 4)) + table["y"].to_numpy()[:, None]
+    about = {"targets": ["y"], "confounds": (), "n_permutations": 9, "n_bootstrap": 9}
+    ours, theirs = probe(x, table, **about), probe(x, table.to_pandas(), **about)
+    assert ours.equals(theirs)
+    assert ours["value"][0] > 0.5
