@@ -310,19 +310,27 @@ class _Validation:
     def __call__(self) -> dict[str, float]:
         """The mean over chunks and ranks."""
         self._objective.eval()
-        chunk, rows = 16, len(self._bold)
+        rows, pooled = len(self._bold), []
         totals: dict[str, float] = {}
-        for begin in range(0, rows, chunk):
-            part = slice(begin, begin + chunk)
-            batch = self._bold[part].to(self._ranks.device)
-            draws = [draw[part].to(self._ranks.device) for draw in self._draws]
+        for part in zip(*(x.split(16) for x in (self._bold, *self._draws)), strict=True):
+            batch, *draws = (x.to(self._ranks.device) for x in part)
             values = {"validation_loss": float(self._objective(batch, *draws))}
             values |= self._objective.diagnose(batch, draws)
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value * len(batch) / rows
+            pooled.append(self._objective.pooled(batch))
         self._objective.train()
         means = mean_over_ranks(torch.tensor(list(totals.values()), device=self._ranks.device))
-        return dict(zip(totals, means.tolist(), strict=True))
+        return dict(zip(totals, means.tolist(), strict=True)) | self._spread(pooled)
+
+    def _spread(self, parts: list[Tensor | None]) -> dict[str, float]:
+        """Standard deviation of features over all ranks' windows; one window alone has none."""
+        found = [part for part in parts if part is not None]
+        if not found or len(self._bold) * self._ranks.world_size < 2:
+            return {}
+        x = torch.cat(found).double()
+        mean, square = mean_over_ranks(torch.stack([x.mean(0), x.square().mean(0)]))
+        return {"feature_std": float((square - mean.square()).clamp_min(0).sqrt().mean())}
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

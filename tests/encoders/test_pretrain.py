@@ -470,3 +470,11 @@ def test_the_target_encoders_momentum_is_a_ramp_over_the_optimiser_steps(monkeyp
     for step in (1, 2, 4):
         objective.after_step(step, 4)
     assert seen == [0.625, 0.75, 1.0]
+
+
+def test_a_single_validation_recording_has_no_spread_and_none_is_reported(cohort, tmp_path):
+    options = settings("brainjepa", run={"n_validation": 1})
+    run(options, cohort, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert "loss_of_mean_target" in rows[0]
+    assert all("feature_std" not in row for row in rows)

@@ -128,6 +128,8 @@ def test_two_processes_log_the_losses_that_one_logs(done, model):
             assert a[name] == pytest.approx(b[name], rel=1e-9), name
         if "validation_loss" in a:  # means over ranks are taken in float32
             assert a["validation_loss"] == pytest.approx(b["validation_loss"], rel=1e-6)
+        if "feature_std" in a:
+            assert a["feature_std"] == pytest.approx(b["feature_std"], rel=1e-6)
     assert read_json(folder / f"{model}-2" / "summary.json")["world_size"] == 2
 
 
