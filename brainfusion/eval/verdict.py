@@ -307,7 +307,8 @@ def _pretraining(retrieval: Row) -> list[str]:
         f"with ridge-CCA on the encoder's features {_in_words(groups[PRETRAINED])}, on those of "
         f"the same encoder untrained AUC {with_interval(raw)}"
     )
-    if max(number(trained, "ci_low"), number(raw, "ci_low")) <= 0.5:
+    rows = [*_comparable(groups[PRETRAINED]), *_comparable(groups[UNTRAINED])]
+    if all(evidence(row) == "none" or number(row, "p_value") >= 0.05 for row in rows):
         return [f"Neither pretrained nor untrained features find anything: {numbers}."]
     if number(trained, "ci_low") > number(raw, "ci_high"):
         return [f"Pretraining helps: {numbers}."]

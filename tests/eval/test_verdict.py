@@ -183,6 +183,16 @@ def test_a_baseline_that_block_permutation_explains_is_no_standard_either():
     assert "rests on what differs between those" in text
 
 
+def test_features_that_block_permutation_explains_say_nothing_about_pretraining():
+    ours = direction(0.51, 0.47, 0.55, 0.36)
+    rows = [
+        direction(0.57, 0.53, 0.61, 0.70, name=PRETRAINED),
+        direction(0.56, 0.52, 0.60, 0.65, name=UNTRAINED),
+    ]
+    text = only(retrieval(ours, ours, baselines=rows), "untrained AUC")
+    assert text.startswith("Neither pretrained nor untrained features find anything")
+
+
 def test_covariates_that_find_partners_cast_doubt_on_a_better_baseline():
     ours = direction(0.60, 0.56, 0.64, 0.001)
     rows = [
