@@ -47,6 +47,7 @@ def session(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[Ranks
     )
     try:
         yield ranks
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
