@@ -91,7 +91,8 @@ def load_pairs(workspace: Workspace, cohort: Cohort, *, brain: str, dna: str) ->
         )
     people = cohort.subjects.filter(pl.col("subject").is_in(list(both)))
     subjects = people["subject"].to_list()
-    labels = cohort.splits().label(subjects)
+    splits = cohort.splits()
+    labels = splits.label(subjects)
     chosen = genetics.select(subjects)
     training = [s for s, label in zip(subjects, labels, strict=True) if label == "train"]
     return Pairs(
@@ -103,7 +104,7 @@ def load_pairs(workspace: Workspace, cohort: Cohort, *, brain: str, dna: str) ->
         provenance={
             "brain": features.provenance,
             "dna": genetics.provenance.to_dict(),
-            "splits_hash": cohort.splits().hash,
+            "splits_hash": splits.hash,
             "cohort_hash": cohort.hash,
         },
         flow=flow,

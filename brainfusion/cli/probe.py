@@ -5,6 +5,7 @@ trained on, beside a row from the confounds alone. Writes <workspace>/probes.jso
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -13,8 +14,9 @@ import tyro
 from brainfusion.cli.options import at_least, parse
 from brainfusion.cli.pairs import connectomes, load_pairs
 from brainfusion.cli.retrieve import ensure_alignment
+from brainfusion.cli.scoring import read_embeddings
 from brainfusion.cli.workspace import Place, Workspace
-from brainfusion.data.features import read_features
+from brainfusion.data.cohort import Cohort
 from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.files import atomic_file, write_json
 from brainfusion.runtime.logs import say
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int:
     run_dir = ensure_alignment(workspace, options.brain, options.dna)
     cohort = workspace.open_cohort()
     targets = _targets(options, cohort.subjects)
-    table = _probe(options, workspace, run_dir, targets)
+    table = _probe(options, workspace, cohort, run_dir, targets)
     with atomic_file(workspace.root / "probes.parquet") as aside:
         table.write_parquet(aside)
     write_json(workspace.root / "probes.json", _rows(table))
@@ -66,14 +68,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _probe(options: ProbeOptions, workspace: Workspace, run_dir, targets) -> pl.DataFrame:
-    cohort = workspace.open_cohort()
+def _probe(
+    options: ProbeOptions, workspace: Workspace, cohort: Cohort, run_dir: Path, targets: list[str]
+) -> pl.DataFrame:
     pairs = load_pairs(workspace, cohort, brain=options.brain, dna=options.dna)
     held_out = np.array([label != "train" for label in pairs.labels])
     subjects = [s for s, kept in zip(pairs.subjects, held_out, strict=True) if kept]
-    towers = {
-        name: read_features(run_dir / "embeddings" / f"{name}.parquet") for name in ("brain", "dna")
-    }
     say(
         f"probing {len(subjects)} people on whom the alignment was not trained: "
         f"{', '.join(targets)}"
@@ -82,8 +82,8 @@ def _probe(options: ProbeOptions, workspace: Workspace, run_dir, targets) -> pl.
         f"{options.brain} features": pairs.brain[held_out],
         "connectome": connectomes(cohort, pairs)[held_out],
         f"{options.dna} vectors": pairs.dna[held_out],
-        "brain embedding": towers["brain"].select(subjects),
-        "DNA embedding": towers["dna"].select(subjects),
+        "brain embedding": read_embeddings(run_dir, "brain").select(subjects),
+        "DNA embedding": read_embeddings(run_dir, "dna").select(subjects),
     }
     return _predict(options, features, pairs.people.filter(pl.Series(held_out)), targets)
 

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from brainfusion.data.atlas import Atlas
+from brainfusion.data.parquet import read_table
 from brainfusion.data.recordings import Recordings, check_bold
 from brainfusion.data.splits import Splits
 from brainfusion.runtime.errors import UserError
@@ -202,17 +203,9 @@ def read_subjects(path: Path) -> pl.DataFrame:
     Raises:
         UserError: The file is absent or broken, or `check_subjects` refuses it.
     """
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist: a cohort needs a table with the column 'subject' "
-            "(docs/formats.md)."
-        )
-    try:
-        subjects = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable Parquet file ({error}): make it again."
-        ) from error
+    subjects = read_table(
+        path, absent="a cohort needs a table with the column 'subject' (docs/formats.md)."
+    )
     check_subjects(subjects, where=str(path))
     return subjects
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from brainfusion.data.parquet import read_table
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import atomic_file
 
@@ -287,17 +288,11 @@ def _check_shard(path: Path) -> tuple[int, int, int]:
 
 
 def _read_index(path: Path) -> pl.DataFrame:
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist: expected an index of the shards beside it; make the cohort "
-            "with 'brainfusion import'."
-        )
-    try:
-        index = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable Parquet file ({error}): make it again."
-        ) from error
+    index = read_table(
+        path,
+        absent="expected an index of the shards beside it; make the cohort with 'brainfusion "
+        "import'.",
+    )
     if absent := [name for name in INDEX_SCHEMA if name not in index.columns]:
         raise UserError(
             f"{path} has no column {', '.join(map(repr, absent))}: expected "
