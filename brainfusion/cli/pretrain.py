@@ -15,7 +15,8 @@ import tyro
 from brainfusion.cli.options import parse, take_option
 from brainfusion.cli.workspace import Place, Workspace, check_replaceable, open_cohort
 from brainfusion.encoders.checkpoints import known_model
-from brainfusion.encoders.pretrain import PretrainConfig, pretrain
+from brainfusion.encoders.pretrain import pretrain
+from brainfusion.encoders.pretrain_config import PretrainConfig
 from brainfusion.encoders.recipes import recipe
 from brainfusion.runtime import distributed, threads
 from brainfusion.runtime.errors import UserError

@@ -7,8 +7,9 @@ Eric-LRL/Brain-JEPA at commit b1dfa93e).
 Shape legend: p parcels, t TRs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,18 @@ KINDS = {
     "none": "values as they are",
     "recording-zscore": "minus the recording's mean, over its standard deviation (Brain-JEPA)",
     "parcel-zscore": "each parcel minus its time mean, over its standard deviation",
+    "parcel-centred": "each parcel minus its time mean, in the data's unit (BrainLM's columns)",
     "brainlm-robust": "minus the time mean, then (x - median) / IQR (BrainLM, the paper's text)",
     "brainlm-code": "minus the time mean, then x - median / IQR (BrainLM, the published code)",
     "brainjepa-robust": "(x - median) / IQR of the recordings' time means (Brain-JEPA)",
 }
+DIVISORS = {
+    "brainlm-image": 5.6430855,
+    "brainlm-global-std": 41.44047,
+    "brainlm-99th-percentile": 111.13143061224855,
+}
+"""BrainLM's constants for `divide_by`, measured on its own data: of the image-shaped models (111M,
+650M), after `brainlm-robust`; of two columns of its data sets, after `parcel-centred`."""
 FITTED = ("brainlm-robust", "brainlm-code", "brainjepa-robust")
 _BRAINLM_TRS = 200
 _MAX_SAMPLE = 2**27  # float32 values: 512 MiB of sampled frames
@@ -40,16 +49,18 @@ class Standardiser:
     - `recording-zscore`: (x - m) / s with one m and one s over all parcels and TRs. Brain-JEPA's
       downstream data (one pair a recording) and its `use_standatdization` (one pair a clip).
     - `parcel-zscore`: (x - m) / s with m and s of each parcel over the TRs.
+    - `parcel-centred`: x - m of each parcel, as several of BrainLM's columns start.
     - `brainlm-robust`: c = x - m of each parcel; (c - median) / IQR, where median and IQR of each
       parcel come from c over the first 200 TRs of each training recording, stacked; zeros are left
       out of the quartiles. The formula of BrainLM's paper.
     - `brainlm-code`: c - median / IQR, the same statistics. What BrainLM's toolkit computes, by
-      operator precedence (vandijklab/BrainLM#19), and so what its published weights were fed.
+      operator precedence (vandijklab/BrainLM#19). Which of the two the published weights were fed
+      is not documented.
     - `brainjepa-robust`: (x - median) / IQR, where median and IQR of each parcel are taken over the
       training recordings' time means. Brain-JEPA's pretraining data: fluctuations are divided by a
       spread between people. Needs data whose time means were kept.
 
-    A parcel without spread becomes 0.
+    A parcel without spread becomes 0. Everything is divided by `divide_by` in the end.
     """
 
     kind: str
@@ -61,10 +72,18 @@ class Standardiser:
     """float64 [p]; None for kinds that are not fitted. 0 where a parcel had no data."""
     iqr: np.ndarray | None = None
     """float64 [p]: 75th minus 25th percentile; 0 where a parcel had no spread."""
+    divide_by: float = 1.0
+    """A constant that scales the result; `DIVISORS` has the published ones."""
 
     @classmethod
     def fit(
-        cls, kind: str, recordings: Recordings, rows: Sequence[int] | np.ndarray, *, cohort: str
+        cls,
+        kind: str,
+        recordings: Recordings,
+        rows: Sequence[int] | np.ndarray,
+        *,
+        cohort: str,
+        divide_by: float = 1.0,
     ) -> "Standardiser":
         """Fit on the recordings at `rows`, one at a time; memory stays under about 1 GiB.
 
@@ -73,11 +92,14 @@ class Standardiser:
             recordings: Where to read.
             rows: Index rows of the training recordings.
             cohort: The cohort's name, for the record.
+            divide_by: A constant that scales the result.
 
         Raises:
-            UserError: An unknown kind, no rows, or data without the spread that the kind needs.
+            UserError: An unknown kind, no rows, a constant that is not above zero, or data without
+                the spread that the kind needs.
         """
         check_kind(kind)
+        check_divisor(divide_by)
         rows = np.asarray(rows, dtype=np.int64)
         if not len(rows):
             raise UserError(
@@ -97,6 +119,7 @@ class Standardiser:
             n_recordings=len(rows),
             median=median,
             iqr=iqr,
+            divide_by=divide_by,
         )
 
     @property
@@ -130,12 +153,16 @@ class Standardiser:
             x = _zscore(x, present, axis=(-2, -1))
         elif self.kind == "parcel-zscore":
             x = _zscore(x, present, axis=(-1,))
+        elif self.kind == "parcel-centred":
+            x = _centred(x, present).astype(np.float32)
         elif self.kind != "none":
             x = self._robust(x, present)
+        if self.divide_by != 1.0:
+            x = x / np.float32(self.divide_by)
         return np.where(present, x, np.float32(0))
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, `standardiser.json`."""
+        """The JSON form, part of a checkpoint's state.json."""
         return {
             "kind": self.kind,
             "n_parcels": self.n_parcels,
@@ -144,6 +171,7 @@ class Standardiser:
             "n_recordings": self.n_recordings,
             "median": None if self.median is None else self.median.tolist(),
             "iqr": None if self.iqr is None else self.iqr.tolist(),
+            "divide_by": self.divide_by,
         }
 
     @classmethod
@@ -153,13 +181,14 @@ class Standardiser:
         Raises:
             UserError: Keys are missing or unknown, or statistics do not fit the kind.
         """
-        keys = ("kind", "n_parcels", "cohort", "n_people", "n_recordings", "median", "iqr")
+        keys = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or set(values) != set(keys):
             raise UserError(
                 f"standardiser: expected the keys {', '.join(keys)}: restore the checkpoint's "
-                "standardiser.json."
+                "state.json."
             )
         check_kind(values["kind"])
+        check_divisor(values["divide_by"])
         statistics: dict[str, np.ndarray | None] = {"median": None, "iqr": None}
         if values["kind"] in FITTED:
             for name in statistics:
@@ -167,7 +196,7 @@ class Standardiser:
                 if array.shape != (values["n_parcels"],) or not np.isfinite(array).all():
                     raise UserError(
                         f"standardiser: '{name}' must be {values['n_parcels']} numbers, one a "
-                        "parcel: restore the checkpoint's standardiser.json."
+                        "parcel: restore the checkpoint's state.json."
                     )
                 statistics[name] = array
         return cls(**{**values, **statistics})
@@ -177,10 +206,8 @@ class Standardiser:
         assert self.iqr is not None
         median, iqr = self.median[:, None], self.iqr[:, None]
         safe = np.where(iqr > 0, iqr, 1.0)
-        centred = x.astype(np.float64)
-        if self.kind != "brainjepa-robust":
-            n = np.maximum(present.sum(axis=-1, keepdims=True), 1)
-            centred -= centred.sum(axis=-1, keepdims=True) / n
+        keeps_level = self.kind == "brainjepa-robust"
+        centred = x.astype(np.float64) if keeps_level else _centred(x, present)
         if self.kind == "brainlm-code":
             scaled = centred - median / safe
         else:
@@ -196,6 +223,25 @@ def check_kind(kind: str) -> None:
     """
     if kind not in KINDS:
         raise UserError(f"unknown standardiser '{kind}'. {nearest(str(kind), KINDS)}")
+
+
+def check_divisor(divide_by: float) -> None:
+    """Check a constant that standardised values are divided by.
+
+    Raises:
+        UserError: It is not a number above zero.
+    """
+    if not (isinstance(divide_by, int | float) and math.isfinite(divide_by) and divide_by > 0):
+        raise UserError(
+            f"divide_by={divide_by}: expected a number above zero, for example 5.6430855, or 1 to "
+            "leave values as they are."
+        )
+
+
+def _centred(x: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Each parcel minus its time mean, float64; `x` is 0 where it is not present."""
+    n = np.maximum(present.sum(axis=-1, keepdims=True), 1)
+    return x - x.sum(axis=-1, keepdims=True, dtype=np.float64) / n
 
 
 def _zscore(x: np.ndarray, present: np.ndarray, *, axis: tuple[int, ...]) -> np.ndarray:

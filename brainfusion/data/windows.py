@@ -4,11 +4,16 @@ Shape legend: b windows, p parcels, t TRs of a window.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
 from brainfusion.data.recordings import Recordings
+from brainfusion.data.resample import sample_frames
 from brainfusion.runtime.errors import UserError
+
+Frames = Literal["consecutive", "brainjepa"]
+_BRAINJEPA_SPAN = 3  # frames that its pretraining spreads one over: 160 over 480
 
 
 def window_starts(n_trs: int, window_trs: int, *, stride: int | None = None) -> np.ndarray:
@@ -49,7 +54,8 @@ def training_windows(
     step: int,
     rank: int = 0,
     world_size: int = 1,
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    transform: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    frames: Frames = "consecutive",
 ) -> np.ndarray:
     """One training batch, a pure function of its arguments: a resumed run needs no state.
 
@@ -68,8 +74,10 @@ def training_windows(
         step: The optimiser step, from 0.
         rank: This process.
         world_size: Number of processes.
-        transform: Applied to the whole recording before it is cropped, as a standardiser is when
-            recordings are embedded: a window's own mean and spread are not the recording's.
+        transform: Given the whole recording [p, t] and its row before it is cropped, as
+            recordings are conditioned when they are embedded: a window's own mean and spread are
+            not the recording's. It may change the length.
+        frames: Which of a recording's frames a window takes, as `cut_window`.
 
     Returns:
         float32 [b, p, t]; missing parcels are NaN unless `transform` fills them.
@@ -78,18 +86,56 @@ def training_windows(
         UserError: There are no rows, or a recording is shorter than a window.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    check_lengths(recordings, rows, window_trs)
+    span = span_of(window_trs, frames)
+    check_lengths(recordings, rows, span if transform is None else 1)
     n_global = batch_size * world_size
     items = np.arange(step * n_global, (step + 1) * n_global)
     dealt = _deal(rows, items, seed)
     share = np.random.default_rng([seed, step, 1]).random(n_global)
     batch = []
     for item in range(rank, n_global, world_size):
-        bold = recordings.read(int(dealt[item]))
-        bold = bold if transform is None else transform(bold)
-        start = int(share[item] * (bold.shape[1] - window_trs + 1))
-        batch.append(bold[:, start : start + window_trs])
+        row = int(dealt[item])
+        bold = recordings.read(row)
+        bold = bold if transform is None else transform(bold, row)
+        batch.append(cut_window(bold, window_trs, share=share[item], frames=frames))
     return np.stack(batch)
+
+
+def cut_window(
+    bold: np.ndarray, window_trs: int, *, share: float, frames: Frames = "consecutive"
+) -> np.ndarray:
+    """One window of a recording.
+
+    Args:
+        bold: [p, t], ready for the encoder.
+        window_trs: Frames of the window.
+        share: Where it lies among all that fit, from 0 (the first) to below 1 (the last).
+        frames: "consecutive", or "brainjepa": frames spread over three times as many, by the rule
+            of Brain-JEPA's pretraining (`sample_frames`).
+
+    Returns:
+        [p, window_trs] of the same type.
+
+    Raises:
+        UserError: The recording is too short.
+    """
+    span = span_of(window_trs, frames)
+    n_left = bold.shape[1] - span
+    if n_left < 0:
+        raise UserError(
+            f"a recording has {bold.shape[1]} TRs but a window takes {span}: leave out short "
+            "recordings, or use a model with a shorter window."
+        )
+    if frames == "brainjepa":
+        start = share * n_left
+        return bold[:, sample_frames(bold.shape[1], n_frames=window_trs, span=span, start=start)]
+    start = int(share * (n_left + 1))
+    return bold[:, start : start + window_trs]
+
+
+def span_of(window_trs: int, frames: Frames) -> int:
+    """Frames of a recording that a window of `window_trs` spans."""
+    return window_trs * _BRAINJEPA_SPAN if frames == "brainjepa" else window_trs
 
 
 def check_lengths(recordings: Recordings, rows: np.ndarray, window_trs: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from brainfusion import __version__, encoders
 from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import Cohort
-from brainfusion.data.standardise import Standardiser
+from brainfusion.data.conditioning import InputConditioning
 from brainfusion.encoders import ENCODERS
 from brainfusion.encoders.brainjepa import BrainJEPAConfig
 from brainfusion.encoders.gradients import connectivity_of, gradient_table
@@ -24,11 +24,11 @@ from brainfusion.runtime.logs import say
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pretrained:
-    """A trained encoder with what its inputs must look like."""
+    """A trained encoder with what becomes of its inputs."""
 
     model: str
     module: nn.Module
-    standardiser: Standardiser
+    conditioning: InputConditioning
     atlas: Atlas
     state: dict[str, Any]
     path: Path
@@ -96,7 +96,7 @@ def load_pretrained(path: Path, model: str | None = None, *, untrained: bool = F
         )
     folder = checkpoint.newest(path)
     state = checkpoint.load_state(folder)
-    if absent := sorted({"model", "config", "config_class", "standardiser", "atlas"} - set(state)):
+    if absent := sorted({"model", "config", "config_class", "conditioning", "atlas"} - set(state)):
         raise CheckpointError(
             f"{folder} is no checkpoint of an encoder (its state.json lacks {', '.join(absent)}): "
             "expected a run of 'brainfusion pretrain'."
@@ -122,7 +122,7 @@ def load_pretrained(path: Path, model: str | None = None, *, untrained: bool = F
     return Pretrained(
         model=state["model"],
         module=module.eval(),
-        standardiser=Standardiser.from_dict(state["standardiser"]),
+        conditioning=InputConditioning.from_dict(state["conditioning"]),
         atlas=Atlas.from_dict(state["atlas"]),
         state=state,
         path=folder,

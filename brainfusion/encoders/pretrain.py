@@ -5,10 +5,8 @@ for bit and there is nothing to restore but weights and optimiser.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from brainfusion.data.cohort import Cohort
-from brainfusion.data.standardise import Standardiser
-from brainfusion.data.windows import training_windows
-from brainfusion.encoders.brainjepa import BrainJEPAConfig
-from brainfusion.encoders.brainlm import BrainLMConfig
-from brainfusion.encoders.brainlm_image import BrainLMImageConfig
 from brainfusion.encoders.checkpoints import (
     build,
     describe_training_data,
@@ -29,110 +22,13 @@ from brainfusion.encoders.checkpoints import (
     load_into,
 )
 from brainfusion.encoders.objectives import Objective, objective_for
+from brainfusion.encoders.pretrain_config import OptimConfig, PretrainConfig
+from brainfusion.encoders.pretrain_inputs import PretrainInputs
 from brainfusion.runtime import checkpoint, config, files, schedules
 from brainfusion.runtime.distributed import Ranks, barrier, mean_over_ranks
 from brainfusion.runtime.errors import CheckpointError, NonFiniteError, UserError
 from brainfusion.runtime.logs import MetricsLog, Progress, read_metrics, say
 from brainfusion.runtime.memory import peak_mib
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """What the encoder sees."""
-
-    standardiser: str = "recording-zscore"
-    """How recordings are scaled: fitted on training people, saved with each checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW with warm-up and cosine; no weight decay on biases and norms."""
-
-    steps: int = 400
-    """Optimiser steps."""
-    batch_size: int = 16
-    """Windows a step, over all ranks together."""
-    lr: float = 1e-3
-    """Learning rate at the end of the warm-up."""
-    lr_end: float = 1e-6
-    """Learning rate at the last step."""
-    warmup_share: float = 0.1
-    """Share of the steps with a linear warm-up."""
-    weight_decay: float = 0.05
-    """Weight decay at the start."""
-    weight_decay_end: float = 0.05
-    """Weight decay at the end; a cosine joins the two."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 leaves gradients as they are."""
-    momentum: tuple[float, float] = (0.996, 1.0)
-    """Brain-JEPA's target encoder: momentum at the first and last step, a linear ramp."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch_size")
-        _at_least(self, 0, "lr", "lr_end", "weight_decay", "weight_decay_end", "clip")
-        if not 0.0 <= self.warmup_share <= 1.0:
-            raise UserError(f"warmup_share={self.warmup_share}: expected a share from 0 to 1.")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise UserError(f"betas={self.betas}: expected two numbers from 0 to below 1.")
-        if not all(0.0 <= share <= 1.0 for share in self.momentum):
-            raise UserError(f"momentum={self.momentum}: expected two numbers from 0 to 1.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
-    """Seeds and how often what is written."""
-
-    seed: int = 0
-    """Seeds weights, windows, masks and dropout."""
-    log_every: int = 10
-    """Steps between rows of metrics.jsonl."""
-    validate_every: int = 50
-    """Steps between validation losses."""
-    save_every: int = 200
-    """Steps between checkpoints."""
-    keep_last: int = 2
-    """Checkpoints kept."""
-    n_validation: int = 64
-    """Validation recordings used, at most."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "seed")
-        _at_least(self, 1, "log_every", "validate_every", "save_every", "keep_last", "n_validation")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EfficiencyConfig:
-    """What must not change results beyond rounding."""
-
-    device: str = "auto"
-    """'auto', 'cpu' or 'cuda'."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the forward pass; weights stay float32."""
-    threads: int = 0
-    """Threads a process; 0 shares the cores among the ranks."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "threads")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig:
-    """Everything that decides a pretraining run."""
-
-    model: str
-    """'brainjepa' or 'brainlm'."""
-    encoder: BrainLMConfig | BrainLMImageConfig | BrainJEPAConfig
-    """The architecture."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """What the encoder sees."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """How it is trained."""
-    run: RunConfig = field(default_factory=RunConfig)
-    """Seeds and what is written when."""
-    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
-    """Device, precision, threads."""
 
 
 def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: Ranks) -> Path:
@@ -151,14 +47,11 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
         )
 
     # -- data ----------------------------------------------------------------------------------
-    train_rows, validation_rows = _rows(cohort, settings)
-    standardiser = Standardiser.fit(
-        settings.data.standardiser, cohort.recordings, train_rows, cohort=cohort.name
-    )
+    inputs = PretrainInputs.fit(settings, cohort)
 
     # -- model, optimiser ----------------------------------------------------------------------
     torch.manual_seed(run.seed)
-    encoder = build(settings.model, settings.encoder, cohort, train_rows)
+    encoder = build(settings.model, settings.encoder, cohort, inputs.train_rows)
     objective = objective_for(encoder, cohort.atlas, momentum=optim.momentum).to(ranks.device)
     optimizer = torch.optim.AdamW(_groups(objective), lr=optim.lr, betas=optim.betas)
 
@@ -175,18 +68,22 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
         config.save(run_dir / "config.yaml", settings)
         n_weights = sum(p.numel() for p in encoder.parameters())
         say(
-            f"pretraining {settings.model} ({n_weights:,} parameters) on {len(train_rows)} "
+            f"pretraining {settings.model} ({n_weights:,} parameters) on {len(inputs.train_rows)} "
             f"recordings of '{cohort.name}', {ranks.world_size} process(es), {ranks.device.type}"
             + (f", resumed at step {start}" if start else "")
         )
     barrier()
+    if settings.efficiency.activation_checkpointing:
+        encoder.set_activation_checkpointing(True)  # type: ignore[operator]
+    if settings.efficiency.compile:
+        objective.compile()
     module: nn.Module = objective
     if ranks.world_size > 1:
         cuda = [ranks.device.index] if ranks.device.type == "cuda" else None
         module = DistributedDataParallel(objective, device_ids=cuda)
     log = MetricsLog(run_dir / "metrics.jsonl", active=ranks.is_main, resume_step=start or None)
     progress = Progress(settings.model, optim.steps, start=start, active=ranks.is_main)
-    evaluate = _Validation(settings, cohort, validation_rows, standardiser, objective, ranks)
+    evaluate = _Validation(settings, inputs, objective, ranks)
     begin, validation = time.monotonic(), evaluate()
     if start == 0:
         log.write(step=0, **validation)
@@ -199,17 +96,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = decay if group["decays"] else 0.0
-        bold = training_windows(
-            cohort.recordings,
-            train_rows,
-            window_trs=objective.window_trs,
-            batch_size=optim.batch_size // ranks.world_size,
-            seed=run.seed,
-            step=step,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            transform=standardiser.transform,
-        )
+        bold = inputs.batch(optim.batch_size, seed=run.seed, step=step, ranks=ranks)
         batch = torch.from_numpy(bold).to(ranks.device)
         draws = objective.draw(optim.batch_size, seed=run.seed, step=step)
         draws = [draw[ranks.rank :: ranks.world_size].to(ranks.device) for draw in draws]
@@ -251,8 +138,8 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
                     "model": settings.model,
                     "config": config.to_dict(settings),
                     "config_class": type(settings.encoder).__name__,
-                    "standardiser": standardiser.to_dict(),
-                    **describe_training_data(cohort, train_rows),
+                    "conditioning": inputs.conditioning.to_dict(),
+                    **describe_training_data(cohort, inputs.train_rows),
                 },
                 keep_last=run.keep_last,
             )
@@ -285,13 +172,12 @@ class _Validation:
     def __init__(
         self,
         settings: PretrainConfig,
-        cohort: Cohort,
-        rows: Sequence[int],
-        standardiser: Standardiser,
+        inputs: PretrainInputs,
         objective: Objective,
         ranks: Ranks,
     ) -> None:
         self._settings, self._objective, self._ranks = settings, objective, ranks
+        rows = inputs.validation_rows
         n_rows = min(len(rows), settings.run.n_validation)
         n_rows -= n_rows % ranks.world_size
         if not n_rows:
@@ -302,8 +188,8 @@ class _Validation:
             )
         draws = objective.draw(n_rows, seed=settings.run.seed, step=2**31)
         mine = slice(ranks.rank, None, ranks.world_size)
-        bold = [standardiser.transform(cohort.recordings.read(row)) for row in rows[:n_rows][mine]]
-        self._bold = torch.from_numpy(np.stack([x[:, : objective.window_trs] for x in bold]))
+        windows = [inputs.first_window(row) for row in rows[:n_rows][mine]]
+        self._bold = torch.from_numpy(np.stack(windows))
         self._draws: list[Tensor] = [draw[mine] for draw in draws]
 
     @torch.no_grad()
@@ -336,25 +222,6 @@ class _Validation:
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make torch's own draws of this step, dropout, a function of (seed, step, rank)."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
-
-
-def _rows(cohort: Cohort, settings: PretrainConfig) -> tuple[list[int], list[int]]:
-    """Recordings of training and of validation people that are long enough."""
-    window = settings.encoder.n_trs
-    index = cohort.recordings.index
-    labels = np.array(cohort.splits().label(index["subject"].to_list()))
-    long_enough = index["n_trs"].to_numpy() >= window
-    if short := int((~long_enough).sum()):
-        say(f"{short} of {len(index)} recordings are shorter than {window} TRs and are left out.")
-    rows = [
-        np.flatnonzero((labels == side) & long_enough).tolist() for side in ("train", "validation")
-    ]
-    if not all(rows):
-        raise UserError(
-            f"the cohort '{cohort.name}' has {len(rows[0])} training and {len(rows[1])} validation "
-            f"recordings of at least {window} TRs: both are needed; use a smaller --n-trs."
-        )
-    return rows[0], rows[1]
 
 
 def _groups(objective: nn.Module) -> list[dict[str, Any]]:
@@ -445,9 +312,3 @@ def _check_finite(loss: Tensor, norm: Tensor, step: int, ranks: Ranks) -> None:
             f"the {what}: lower --lr, and check the cohort's recordings with Cohort.validate(). "
             "Checkpoints are from before this step."
         )
-
-
-def _at_least(config: Any, lowest: int, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= lowest:
-            raise UserError(f"{name}={getattr(config, name)}: expected {lowest} or more.")

@@ -1,7 +1,7 @@
 """How each encoder is trained by default, by preset."""
 
 from brainfusion.encoders import ENCODERS
-from brainfusion.encoders.pretrain import DataConfig, OptimConfig, PretrainConfig, RunConfig
+from brainfusion.encoders.pretrain_config import DataConfig, OptimConfig, PretrainConfig, RunConfig
 from brainfusion.runtime.errors import UserError, nearest
 
 STANDARDISERS = {"brainlm": "recording-zscore", "brainjepa": "recording-zscore"}

@@ -5,7 +5,7 @@ import pytest
 
 from brainfusion.data import standardise
 from brainfusion.data.recordings import Recordings, RecordingWriter
-from brainfusion.data.standardise import FITTED, KINDS, Standardiser
+from brainfusion.data.standardise import DIVISORS, FITTED, KINDS, Standardiser
 from brainfusion.runtime.errors import UserError
 
 N_PARCELS = 5
@@ -37,8 +37,8 @@ def store(folder, arrays):
     return Recordings.open(folder)
 
 
-def fit(kind, recordings, rows=range(12)):
-    return Standardiser.fit(kind, recordings, list(rows), cohort="X")
+def fit(kind, recordings, rows=range(12), **options):
+    return Standardiser.fit(kind, recordings, list(rows), cohort="X", **options)
 
 
 def centred(bold):
@@ -58,6 +58,27 @@ def test_parcel_zscore_is_a_pair_a_parcel(recordings, arrays):
     got = fit("parcel-zscore", recordings).transform(arrays[0])
     np.testing.assert_allclose(got.mean(axis=1), 0, atol=1e-5)
     np.testing.assert_allclose(got.std(axis=1, ddof=1), 1, atol=1e-5)
+
+
+def test_parcel_centred_takes_the_time_mean_away_and_nothing_else(recordings, arrays):
+    got = fit("parcel-centred", recordings).transform(arrays[0])
+    np.testing.assert_allclose(got, centred(arrays[0]), atol=1e-3)  # float32 of values near 1000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_is_divided_by_a_constant(recordings, arrays, kind):
+    plain = fit(kind, recordings)
+    assert plain.divide_by == 1.0
+    divided = fit(kind, recordings, divide_by=DIVISORS["brainlm-image"])
+    expected = plain.transform(arrays[3]) / 5.6430855
+    np.testing.assert_allclose(divided.transform(arrays[3]), expected, rtol=1e-6)
+    back = Standardiser.from_dict(json.loads(json.dumps(divided.to_dict())))
+    assert back.divide_by == 5.6430855
+    np.testing.assert_array_equal(back.transform(arrays[3]), divided.transform(arrays[3]))
+
+
+def test_the_published_constants_are_those_of_the_facts():
+    assert list(DIVISORS.values()) == [5.6430855, 41.44047, 111.13143061224855]
 
 
 def brainlm_oracle(arrays):
@@ -177,6 +198,9 @@ def test_another_number_of_parcels_is_refused(recordings):
 def test_bad_requests_get_one_line(recordings):
     with pytest.raises(UserError, match=r"unknown standardiser 'brainlm-robst'. Did you mean"):
         fit("brainlm-robst", recordings)
+    for constant in (0.0, -1.0, float("nan"), None):
+        with pytest.raises(UserError, match="expected a number above zero"):
+            fit("none", recordings, divide_by=constant)
     with pytest.raises(UserError, match="was given no recording to fit on"):
         fit("none", recordings, rows=[])
     values = fit("brainlm-robust", recordings).to_dict()

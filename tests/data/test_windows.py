@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainfusion.data.recordings import Recordings, RecordingWriter
-from brainfusion.data.windows import training_windows, window_starts
+from brainfusion.data.windows import cut_window, training_windows, window_starts
 from brainfusion.runtime.errors import UserError
 
 
@@ -86,9 +86,49 @@ def test_starts_are_uniform_with_the_last_window_included(recordings):
 
 def test_the_whole_recording_is_transformed_before_it_is_cropped(recordings):
     plain = draw(recordings, 3)
-    moved = draw(recordings, 3, transform=lambda bold: bold - bold[:, -1:])
+    moved = draw(recordings, 3, transform=lambda bold, row: bold - bold[:, -1:])
     last = np.stack([recordings.read(int(row))[:, -1:] for row in plain[:, 0, 0] // 1000])
     np.testing.assert_array_equal(moved, plain - last)
+
+
+def test_the_transform_is_told_the_row_and_may_change_the_length(recordings):
+    def halved(bold, row):
+        assert (bold[:, 0] // 1000 == row).all()
+        return bold[:, ::2]
+
+    batch = draw(recordings, 3, transform=halved)
+    assert batch.shape == (4, 2, 8)
+    assert (np.diff(batch, axis=2) == 2).all()
+    with pytest.raises(UserError, match="a recording has 7 TRs but a window takes 8"):
+        draw(recordings, 0, transform=lambda bold, row: bold[:, ::3])
+
+
+def brainjepa_frames(n_trs, n_frames, share):
+    """The reference's rule, written out."""
+    start = share * (n_trs - 3 * n_frames)
+    step = (3 * n_frames - 1) / (n_frames - 1)
+    return [min(int(start + i * step), n_trs - 1) for i in range(n_frames)]
+
+
+def test_brainjepas_frames_are_spread_over_three_times_as_many():
+    bold = np.arange(50.0)[None]
+    for share in (0.0, 0.3, 0.99):
+        got = cut_window(bold, 16, share=share, frames="brainjepa")
+        assert got[0].tolist() == brainjepa_frames(50, 16, share)
+    assert cut_window(bold, 16, share=0.0, frames="brainjepa")[0, -1] == 47
+    with pytest.raises(UserError, match="a recording has 50 TRs but a window takes 51"):
+        cut_window(bold, 17, share=0.0, frames="brainjepa")
+
+
+def test_batches_of_brainjepas_frames_are_drawn_over_the_whole_recording(recordings):
+    options = {"window_trs": 6, "batch_size": 200, "seed": 0, "frames": "brainjepa"}
+    batch = training_windows(recordings, [0], step=0, **options)
+    assert batch.shape == (200, 2, 6)
+    assert set(batch[:, 0, 0]) == {0.0, 1.0}  # 20 TRs, 18 spanned: starts up to just under 2
+    assert batch.max() == 19 - 1
+    np.testing.assert_array_equal(batch, training_windows(recordings, [0], step=0, **options))
+    with pytest.raises(UserError, match="shorter than a window of 21 TRs"):
+        training_windows(recordings, [0], step=0, **{**options, "window_trs": 7})
 
 
 def test_recordings_that_are_too_short_are_counted(recordings):

@@ -69,8 +69,9 @@ def test_a_run_and_its_newest_checkpoint_load_the_same_complete_encoder(runs, co
         assert not loaded.module.training
         assert loaded.hash == hash_file(folder / "model.safetensors")
         assert loaded.atlas.to_dict() == cohort.atlas.to_dict()
-        assert loaded.standardiser.kind == "recording-zscore"
-        assert loaded.standardiser.fitted_on == f"{loaded.state['n_people']} people of cohort tiny"
+        assert loaded.conditioning.standardiser.kind == "recording-zscore"
+        fitted_on = loaded.conditioning.standardiser.fitted_on
+        assert fitted_on == f"{loaded.state['n_people']} people of cohort tiny"
         stored = load_file(folder / "model.safetensors")
         assert loaded.module.state_dict().keys() == stored.keys()
         for key, value in loaded.module.state_dict().items():

@@ -13,24 +13,33 @@ from safetensors.torch import load_file
 from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.splits import Splits
-from brainfusion.encoders import create, pretrain
+from brainfusion.encoders import create, pretrain, pretrain_inputs
 from brainfusion.encoders.brainlm import BrainLM
 from brainfusion.encoders.checkpoints import load_pretrained
 from brainfusion.encoders.mae import MaskedOutput
 from brainfusion.encoders.objectives import BrainJEPAObjective, BrainLMObjective, objective_for
-from brainfusion.encoders.pretrain import (
+from brainfusion.encoders.pretrain import schedule
+from brainfusion.encoders.pretrain_config import (
+    DataConfig,
     EfficiencyConfig,
     OptimConfig,
     PretrainConfig,
     RunConfig,
-    schedule,
 )
 from brainfusion.runtime import checkpoint, config
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import CheckpointError, NonFiniteError, UserError
 from brainfusion.runtime.files import read_json
 from brainfusion.runtime.logs import read_metrics
-from tests.encoders.tiny_cohort import ATLAS, ENCODERS, IMAGE, N_PARCELS, settings, tiny_cohort
+from tests.encoders.tiny_cohort import (
+    ATLAS,
+    ENCODERS,
+    IMAGE,
+    N_PARCELS,
+    settings,
+    tiny_cohort,
+    without_dropout,
+)
 
 MODELS = ("brainlm", "brainjepa")
 DIAGNOSED = {
@@ -120,13 +129,13 @@ def test_a_checkpoint_says_all_that_a_later_stage_needs(whole, cohort):
     assert state["splits_hash"] == splits.hash
     assert state["n_people"] == state["n_recordings"] == len(splits.train)
     assert state["tr_s"] == 2.0
-    assert state["standardiser"]["n_people"] == len(splits.train)
+    assert state["conditioning"]["standardiser"]["n_people"] == len(splits.train)
     assert Atlas.from_dict(state["atlas"]).parcels == ATLAS.parcels
 
 
 def run_until(step: int, options: PretrainConfig, cohort: Cohort, run_dir: Path) -> None:
     """Train, but break the loop as it fetches the batch of `step`."""
-    fetch = pretrain.training_windows
+    fetch = pretrain_inputs.training_windows
 
     def windows(*args, **kwargs):
         if kwargs["step"] == step:
@@ -134,7 +143,7 @@ def run_until(step: int, options: PretrainConfig, cohort: Cohort, run_dir: Path)
         return fetch(*args, **kwargs)
 
     with (
-        mock.patch.object(pretrain, "training_windows", windows),
+        mock.patch.object(pretrain_inputs, "training_windows", windows),
         pytest.raises(KeyboardInterrupt),
     ):
         run(options, cohort, run_dir)
@@ -237,6 +246,51 @@ def test_efficiency_may_change_on_resume(cohort, tmp_path):
     assert read_json(tmp_path / "summary.json")["n_steps"] == 3
 
 
+def test_a_compiled_loss_trains_the_same_weights(cohort, tmp_path, monkeypatch):
+    """With a backend that only traces: generating code takes minutes, and is torch's own matter."""
+    compiled = []
+
+    def traced(module: torch.nn.Module) -> None:
+        compiled.append(type(module))
+        compile_module(module, backend="eager")
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    options = settings("brainlm", encoder=without_dropout("brainlm"), steps=2)
+    plain = run(options, cohort, tmp_path / "plain")
+    assert not compiled
+    faster = dataclasses.replace(options, efficiency=EfficiencyConfig(compile=True))
+    same_tensors(plain, run(faster, cohort, tmp_path / "compiled"))
+    assert compiled == [BrainLMObjective]
+
+
+@pytest.mark.parametrize("encoder", [*ENCODERS.values(), IMAGE], ids=lambda c: type(c).__name__)
+def test_activations_computed_again_give_the_same_weights_from_fewer_kept(
+    cohort, tmp_path, encoder
+):
+    """With dropout where the model has it: its draws are repeated too."""
+    model = "brainjepa" if encoder is ENCODERS["brainjepa"] else "brainlm"
+    options = settings(model, encoder=encoder, steps=2)
+    paths, kept = [], []
+    for lean in (False, True):
+        sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        efficiency = EfficiencyConfig(activation_checkpointing=lean)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            made = dataclasses.replace(options, efficiency=efficiency)
+            paths.append(run(made, cohort, tmp_path / str(lean)))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.7 * kept[0]
+    one, two = (load_file(path / "model.safetensors") for path in paths)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], rtol=1e-4, atol=1e-5)
+
+
 def spoil_table(cohort: Cohort) -> None:
     path = cohort.path / "subjects.parquet"
     pl.read_parquet(path).with_columns(age=pl.lit(40.0)).write_parquet(path)
@@ -298,7 +352,7 @@ def test_short_recordings_are_counted_and_left_out(tmp_path, capsys):
     state = checkpoint.load_state(checkpoint.newest(tmp_path / "run"))
     short = {f"{i:03d}" for i in range(5)}
     assert state["n_recordings"] == len(set(cohort.splits().train) - short)
-    assert state["standardiser"]["n_recordings"] == state["n_recordings"]
+    assert state["conditioning"]["standardiser"]["n_recordings"] == state["n_recordings"]
 
 
 def test_a_cohort_of_short_recordings_alone_is_refused(tmp_path):
@@ -352,7 +406,7 @@ def test_an_unwritable_run_folder_is_one_line(cohort, tmp_path):
 
 def test_an_unknown_standardiser_names_the_nearest(cohort, tmp_path):
     options = dataclasses.replace(
-        settings("brainlm"), data=pretrain.DataConfig(standardiser="recording-score")
+        settings("brainlm"), data=DataConfig(standardiser="recording-score")
     )
     with pytest.raises(UserError, match="Did you mean 'recording-zscore'"):
         run(options, cohort, tmp_path / "run")

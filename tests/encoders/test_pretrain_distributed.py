@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file
 
 from brainfusion.data.cohort import Cohort
-from brainfusion.data.standardise import Standardiser
-from brainfusion.encoders import pretrain
-from brainfusion.encoders.pretrain import DataConfig
+from brainfusion.data.conditioning import InputConditioning
+from brainfusion.encoders import pretrain, pretrain_inputs
+from brainfusion.encoders.pretrain_config import DataConfig
 from brainfusion.runtime import checkpoint
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import NonFiniteError, UserError
@@ -31,7 +31,7 @@ def float64() -> Iterator[None]:
     """Train in float64. In float32 Adam turns rounding of gradients that are zero, those of key
     biases, into steps as large as any other, and weights could be compared only to the size of
     the learning rate."""
-    objective_for, transform = pretrain.objective_for, Standardiser.transform
+    objective_for, prepare = pretrain.objective_for, InputConditioning.prepare
 
     def double(*args: Any, **kwargs: Any) -> Any:
         return objective_for(*args, **kwargs).double()
@@ -39,7 +39,9 @@ def float64() -> Iterator[None]:
     with (
         mock.patch.object(pretrain, "objective_for", double),
         mock.patch.object(
-            Standardiser, "transform", lambda self, x: transform(self, x).astype(np.float64)
+            InputConditioning,
+            "prepare",
+            lambda self, x, *, tr_s: prepare(self, x, tr_s=tr_s).astype(np.float64),
         ),
     ):
         yield
@@ -58,7 +60,7 @@ def train(model: str, cohort: Path, folder: Path, rank: int, world_size: int) ->
 
 def stop(cohort: Path, folder: Path, rank: int) -> str:
     """Train with data that is not finite on the second rank, at step 2."""
-    fetch = pretrain.training_windows
+    fetch = pretrain_inputs.training_windows
 
     def windows(*args: Any, **kwargs: Any) -> np.ndarray:
         bold = fetch(*args, **kwargs)
@@ -67,7 +69,7 @@ def stop(cohort: Path, folder: Path, rank: int) -> str:
     options = dataclasses.replace(settings("brainlm"), data=DataConfig(standardiser="none"))
     ranks = Ranks(rank=rank, world_size=2)
     with (
-        mock.patch.object(pretrain, "training_windows", windows),
+        mock.patch.object(pretrain_inputs, "training_windows", windows),
         pytest.raises(NonFiniteError) as caught,
     ):
         pretrain.pretrain(options, Cohort.open(cohort), folder / "stopped", ranks=ranks)

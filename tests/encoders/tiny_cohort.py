@@ -14,7 +14,7 @@ from brainfusion.data.recordings import RecordingWriter
 from brainfusion.encoders.brainjepa import BrainJEPAConfig
 from brainfusion.encoders.brainlm import BrainLMConfig
 from brainfusion.encoders.brainlm_image import BrainLMImageConfig
-from brainfusion.encoders.pretrain import OptimConfig, PretrainConfig, RunConfig
+from brainfusion.encoders.pretrain_config import OptimConfig, PretrainConfig, RunConfig
 
 N_PARCELS, N_TRS, TR_S = 16, 64, 2.0
 XYZ_MM = np.random.default_rng(7).uniform(-60, 60, size=(N_PARCELS, 3)).astype(np.float32)
@@ -77,7 +77,7 @@ def tiny_cohort(
     missing: float = 0.0,
     order: Sequence[int] | None = None,
     atlas: Atlas = ATLAS,
-    tr_s: float = TR_S,
+    tr_s: float | None = TR_S,
 ) -> Cohort:
     """Write a cohort and open it.
 
@@ -88,7 +88,7 @@ def tiny_cohort(
         missing: Share of a recording's parcels that are NaN.
         order: Order of the parcels in this cohort, of those of `atlas`.
         atlas: Its parcels, before `order`.
-        tr_s: Seconds between TRs.
+        tr_s: Seconds between TRs; None where nobody knows.
     """
     order = range(atlas.n_parcels) if order is None else order
     xyz = None if atlas.xyz_mm is None else atlas.xyz_mm[list(order)]

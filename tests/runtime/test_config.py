@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from brainfusion.encoders.brainjepa import BrainJEPAConfig
 from brainfusion.encoders.brainlm import BrainLMConfig
 from brainfusion.encoders.brainlm_image import BrainLMImageConfig
-from brainfusion.encoders.pretrain import OptimConfig, PretrainConfig, RunConfig
+from brainfusion.encoders.pretrain_config import OptimConfig, PretrainConfig, RunConfig
 from brainfusion.runtime import config
 from brainfusion.runtime.errors import UserError
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainfusion.encoders.pretrain import OptimConfig, schedule
+from brainfusion.encoders.pretrain import schedule
+from brainfusion.encoders.pretrain_config import OptimConfig
 from brainfusion.runtime.schedules import cosine, linear, warmup_cosine
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens/jepa_schedules.json").read_text())
