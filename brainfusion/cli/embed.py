@@ -1,23 +1,55 @@
 """`brainfusion embed`: turn recordings into features with a trained encoder.
 
-Each recording is standardised as in training, encoded without masks and pooled; the recordings of
-one person are averaged. Writes <workspace>/features/<model>.parquet (subject, vector).
+Each recording is conditioned as in training, encoded without masks and pooled; the recordings of
+one person are averaged. Writes <workspace>/features/<model>.parquet (subject, vector). Under
+torchrun each process takes its share of the recordings; a run that was stopped goes on from where
+it was.
+
+--checkpoint also takes the authors' files: BrainLM's pytorch_model.bin or .safetensors with its
+config.json, Brain-JEPA's .pth.tar with --gradient.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from brainfusion.cli.options import at_least, parse
-from brainfusion.cli.workspace import Place, Workspace, ensure_pretrained
-from brainfusion.data.features import write_features
-from brainfusion.encoders.checkpoints import known_model, load_pretrained
-from brainfusion.encoders.embed import embed
-from brainfusion.runtime import threads
+from brainfusion.cli.options import parse
+from brainfusion.cli.workspace import (
+    Place,
+    Workspace,
+    check_replaceable,
+    ensure_pretrained,
+    open_cohort,
+)
+from brainfusion.data.atlas import Atlas
+from brainfusion.data.cohort import Cohort
+from brainfusion.encoders.checkpoints import Pretrained, known_model, load_pretrained
+from brainfusion.encoders.embed import EmbedSettings, embed_to_file, parts_folder
+from brainfusion.encoders.published import is_published, load_published
+from brainfusion.runtime import distributed, threads
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import check_writable
 from brainfusion.runtime.logs import say
+
+LONGEST_WAIT_S = 7 * 24 * 3600.0
+"""How long processes wait for the slowest; one that fails takes the others with it at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedOptions:
+    """What goes with an authors' checkpoint file."""
+
+    upstream_config: Path | None = None
+    """The authors' config (JSON or YAML); brainlm: config.json beside the weights by default,
+    brainjepa: a published size."""
+    upstream_atlas: Path | None = None
+    """An atlas.json with the parcels in the weights' order: the cohort's are matched by name."""
+    gradient: Path | None = None
+    """brainjepa's gradient table (.csv or .npy); the cohort's atlas's, or one made, by default."""
+    standardiser: str | None = None
+    """A kind of scaling in place of the published one, which is fitted on this cohort."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,22 +59,23 @@ class EmbedOptions:
     model: str = "brainjepa"
     """The encoder: brainjepa or brainlm."""
     checkpoint: Path | None = None
-    """A pretraining run or one of its checkpoints; <workspace>/pretrain/<model> by default."""
+    """A pretraining run, one of its checkpoints, or an authors' file;
+    <workspace>/pretrain/<model> by default."""
+    published: tyro.conf.OmitArgPrefixes[PublishedOptions] = field(default_factory=PublishedOptions)
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
     untrained: bool = False
     """Take the encoder as it was before training: the baseline that training has to beat."""
-    pooling: str = "parcel-std"
-    """parcel-std or parcel-mean: over time, a vector a parcel, joined; mean: over all tokens;
-    cls: brainlm's CLS token."""
+    settings: tyro.conf.OmitArgPrefixes[EmbedSettings] = field(default_factory=EmbedSettings)
     out: Path | None = None
     """The feature file; <workspace>/features/<model>[-untrained].parquet by default."""
-    batch_size: int = 16
-    """Recordings at a time; features do not depend on it."""
+    restart: bool = False
+    """Forget the parts of an earlier run that was stopped."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     threads: int = 0
-    """Threads; 0 uses the cores there are."""
+    """Threads a process; 0 shares the cores there are."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "batch_size")
         if self.out is not None and self.out.is_dir():
             raise UserError(f"--out {self.out} is a folder: expected the file to write.")
 
@@ -54,17 +87,56 @@ def main(argv: list[str]) -> int:
     workspace = Workspace.of(options.place)
     name = f"{model}-untrained" if options.untrained else model
     out = options.out or workspace.features_path(name)
-    cohort = workspace.open_cohort()
-    path = options.checkpoint or ensure_pretrained(workspace, model)
-    pretrained = load_pretrained(path, model, untrained=options.untrained)
-    check_writable(out.parent)
-    threads.use_threads(options.threads)
-    subjects, vectors, provenance = embed(
-        pretrained, cohort, pooling=options.pooling, batch_size=options.batch_size
-    )
-    write_features(out, subjects, vectors, provenance=provenance)
-    say(f"{out}: {len(subjects)} people x {vectors.shape[1]} features ({options.pooling} pooling)")
-    if out == workspace.features_path(name):
-        flags = " ".join(["--brain", name, *workspace.options()])
-        say(f"next: brainfusion align {flags} --dna evo2 (or generator, caduceus)")
+    with distributed.session(options.device, timeout_s=LONGEST_WAIT_S) as ranks:
+        threads.use_threads(options.threads, n_processes=ranks.world_size)
+        cohort = open_cohort(workspace, ranks)
+        with distributed.main_first(ranks):
+            path = options.checkpoint or ensure_pretrained(workspace, model)
+        pretrained = _load(path, model, cohort, options)
+        check_writable(out.parent)
+        if options.restart:
+            _forget(parts_folder(out), is_main=ranks.is_main)
+        embedded = embed_to_file(out, pretrained, cohort, options.settings, ranks=ranks)
+    if embedded is not None:
+        n_people, width = embedded.vectors.shape
+        pooling = embedded.provenance["pooling"]
+        say(f"{out}: {n_people} people x {width} features ({pooling} pooling)")
+        if out == workspace.features_path(name):
+            flags = " ".join(["--brain", name, *workspace.options()])
+            say(f"next: brainfusion align {flags} --dna evo2 (or generator, caduceus)")
     return 0
+
+
+def _load(path: Path, model: str, cohort: Cohort, options: EmbedOptions) -> Pretrained:
+    """Our checkpoint or the authors', told apart by their files."""
+    given = options.published
+    if is_published(path):
+        return load_published(
+            model,
+            path,
+            cohort,
+            config=given.upstream_config,
+            gradient=given.gradient,
+            standardiser=given.standardiser,
+            atlas=None if given.upstream_atlas is None else Atlas.load(given.upstream_atlas),
+            untrained=options.untrained,
+        )
+    for name in ("upstream_config", "upstream_atlas", "gradient", "standardiser"):
+        if getattr(given, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} goes with an authors' checkpoint file, and {path} is "
+                "none: leave it out, or give that file with --checkpoint."
+            )
+    # A file of one of our checkpoints stands for its folder.
+    return load_pretrained(
+        path.parent if path.is_file() else path, model, untrained=options.untrained
+    )
+
+
+def _forget(folder: Path, *, is_main: bool) -> None:
+    """Remove the parts of an earlier run, and of nothing else."""
+    check_replaceable(folder, "key.json")
+    distributed.barrier()
+    if is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    distributed.barrier()

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from brainfusion.alignment import GeneArray, GeneVectors
 from brainfusion.cli import retrieve
 from brainfusion.cli.align import shuffled
 from brainfusion.cli.pairs import Pairs
@@ -283,7 +284,11 @@ def test_the_control_pairs_people_with_others_of_the_same_split():
     labels = ["train"] * 25 + ["validation"] * 5 + ["test"] * 10
     dna = np.arange(n, dtype=np.float32)[:, None]
     people = pl.DataFrame({"subject": [f"p{i}" for i in range(n)]})
-    pairs = Pairs(people=people, brain=dna, dna=dna, labels=labels, provenance={}, flow=[], rows=[])
+    vectors = GeneArray(genes=("one",), vectors=dna[:, None], mask=np.ones((n, 1), dtype=bool))
+    genes = GeneVectors.of({"evo2": vectors})
+    pairs = Pairs(
+        people=people, brain=dna, genes=genes, labels=labels, provenance={}, flow=[], rows=[]
+    )
     control = shuffled(pairs, seed=0)
     assert control.labels == labels
     assert control.brain is pairs.brain
