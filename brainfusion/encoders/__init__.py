@@ -133,7 +133,10 @@ def from_upstream(
         checkpoint: The file, or its state dict(s) in the reference's own key layout.
         config: The reference's own config as a dict. BrainLM also takes a config.json, or None
             where it lies beside the file; Brain-JEPA takes None for a published size.
-        gradient: Brain-JEPA's gradient table, an array [p, g] or a file.
+        gradient: Brain-JEPA's gradient table, an array [p, g] or [1, p, g], or a file.
+
+    Returns:
+        The module in evaluation mode, float32, on the CPU.
 
     Raises:
         UserError: Anything that does not fit: keys, shapes, the table's rows.
@@ -141,6 +144,11 @@ def from_upstream(
     spec = _spec(name)
     upstream = import_module(f"{__name__}.{spec.upstream}")
     path = Path(checkpoint) if isinstance(checkpoint, (str, Path)) else None
+    if path is None and not isinstance(checkpoint, Mapping):
+        raise UserError(
+            f"from_upstream('{name}') got a {type(checkpoint).__name__}, expected the path of a "
+            "checkpoint or its state dict."
+        )
     state = checkpoint if path is None else upstream.read_checkpoint(path)
     if name == "brainjepa":
         return upstream.from_upstream_state(state, config, gradient)
@@ -150,6 +158,11 @@ def from_upstream(
         raise UserError(f"from_upstream('{name}') needs config=: the reference's own config dict.")
     if config is None or isinstance(config, (str, Path)):
         config = upstream.read_config(Path(config) if config else path)
+    if not isinstance(config, Mapping):
+        raise UserError(
+            f"config is a {type(config).__name__}, expected the reference's own config as a dict "
+            "or the path of its config.json."
+        )
     return upstream.from_upstream_state(state, config)
 
 

@@ -31,7 +31,7 @@ Masks = tuple[list[Int[Tensor, "b k"]], list[Int[Tensor, "b q"]]]
 
 _STREAM = 0x6D61736B  # keeps mask draws apart from other draws with the same seed
 _REFERENCE_PATCHES = 10
-_REFERENCE_SIDES = ((7, 8, 9), (0, 1, 2))
+_REFERENCE_SIDES = (slice(7, 10), slice(0, 3))
 _REFERENCE_MIN_PARCELS = 20
 
 
@@ -111,14 +111,14 @@ def _unbiased(
     if p < 1 or w < 1 or p * w < 2:
         raise UserError(f"a grid of {p} x {w} tokens has nothing to hide: it needs two or more.")
     shares = shares or RegionShares()
-    rows = rng.permuted(np.broadcast_to(np.arange(p), (b, p)), axis=1)
+    rows = rng.random((b, p)).argsort(axis=1)
     start = rng.integers(0, w, size=(b, 1))
     n_rows = _size(rng, shares.context_parcels, p, p - 1)
     n_times = _size(rng, shares.context_times, w, w - 1)
     inside, outside = rows[:, :n_rows], rows[:, n_rows:]
     now, later = (start, n_times), (start + n_times, w - n_times)
 
-    context = np.sort(_tokens(inside, start + np.arange(n_times), w), axis=1)
+    context = _tokens(inside, start + np.arange(n_times), w)
     # Cross-ROI, Cross-Time, Double-Cross; the last takes its parcels from the other end, to reach
     # first those that Cross-ROI left out.
     regions = ((outside, now), (inside, later), (outside[:, ::-1], later))
@@ -129,7 +129,7 @@ def _unbiased(
         n_block = _size(rng, shares.block_parcels, pool.shape[1], pool.shape[1])
         n_run = _size(rng, shares.block_times, length, length)
         times = first + rng.integers(0, length - n_run + 1, size=(b, 1)) + np.arange(n_run)
-        blocks.append(np.sort(_tokens(pool[:, :n_block], times, w), axis=1))
+        blocks.append(_tokens(pool[:, :n_block], times, w))
     return context, np.concatenate(blocks, axis=1)
 
 
@@ -138,8 +138,9 @@ def _size(rng: np.random.Generator, share: Share, n: int, largest: int) -> int:
 
 
 def _tokens(rows: np.ndarray, times: np.ndarray, w: int) -> np.ndarray:
-    """Tokens of the rectangles rows x times: [b, r] and [b, c] -> [b, r c]."""
-    return (rows[:, :, None] * w + (times % w)[:, None, :]).reshape(len(rows), -1)
+    """Tokens of the rectangles rows x times, ascending: [b, r] and [b, c] -> [b, r c]."""
+    rows, times = np.sort(rows, axis=1), np.sort(times % w, axis=1)
+    return (rows[:, :, None] * w + times[:, None, :]).reshape(len(rows), -1)
 
 
 def _reference(p: int, w: int, b: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -154,43 +155,59 @@ def _reference(p: int, w: int, b: int, rng: np.random.Generator) -> tuple[np.nda
     seen_rows, seen_times = int(p * rng.uniform(0.84, 1.0)), int(w * rng.uniform(0.84, 1.0))
 
     # The observation window and the alpha block: rows x times.
-    window = _subset(rng, np.ones((b, p), bool), np.full(b, seen_rows))
+    window = _drawn(rng, (b, p), seen_rows)
     start = rng.integers(0, w - seen_times, size=b)  # the last start is never drawn, as upstream
-    alpha = _subset(rng, np.ones((b, p), bool), np.full(b, alpha_rows))
+    alpha = _drawn(rng, (b, p), alpha_rows)
     alpha_start = start + rng.integers(0, seen_times - alpha_times, size=b)
     patch = np.arange(w)
-    window_cols = (patch >= start[:, None]) & (patch < start[:, None] + seen_times)
+    context_cols = (patch >= start[:, None]) & (patch < start[:, None] + seen_times)
     alpha_cols = (patch >= alpha_start[:, None]) & (patch < alpha_start[:, None] + alpha_times)
 
     # Side blocks take rows from two pools; one parcel outside the window is forgotten (upstream).
-    pool_in = alpha if seen_rows == p - 1 else window & alpha
-    blocks = [alpha[:, :, None] & alpha_cols[:, None, :]]
-    context_cols = window_cols
+    pool = alpha if seen_rows == p - 1 else window & alpha
+    rows, cols = [alpha], [alpha_cols]
     for times in _REFERENCE_SIDES:
         row_share, time_share = rng.uniform(0.15, 0.3, size=b), rng.uniform(0.0, 0.4, size=b)
-        side = np.zeros((b, p), bool)
-        for pool in (pool_in, ~pool_in):
-            side |= _subset(rng, pool, (row_share * pool.sum(1)).astype(np.int64))
-        allowed = np.broadcast_to(np.isin(patch, times), (b, w))
-        cols = _subset(rng, allowed, (w * time_share).astype(np.int64))
-        blocks.append(side[:, :, None] & cols[:, None, :])
-        context_cols = context_cols & ~cols
-    context = (window & ~alpha)[:, :, None] & context_cols[:, None, :]
-    return _first(context.reshape(b, -1)), _first(np.stack(blocks, 1).reshape(b, -1)) % (p * w)
+        rows.append(_drawn_from_both(rng, pool, row_share))
+        keys = np.ones((b, w))
+        keys[:, times] = rng.random((b, 3))
+        cols.append(keys.argsort(1).argsort(1) < (w * time_share).astype(np.int64)[:, None])
+        context_cols = context_cols & ~cols[-1]
+    context = _first((window & ~alpha)[:, None], context_cols[:, None])
+    return context, _first(np.stack(rows, axis=1), np.stack(cols, axis=1))
 
 
-def _subset(rng: np.random.Generator, pool: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Of each row of `pool` [b, m], `n` [b] members drawn uniformly, as a mask."""
-    keys = np.where(pool, rng.random(pool.shape), 2.0)
-    ranked = np.sort(keys, axis=1)
-    cut = np.take_along_axis(ranked, np.maximum(n - 1, 0)[:, None], axis=1)
-    return pool & (keys <= cut) & (n > 0)[:, None]
+def _drawn(rng: np.random.Generator, shape: tuple[int, int], n: int) -> np.ndarray:
+    """In each row, `n` columns drawn uniformly, as a mask."""
+    keys = rng.random(shape)
+    return keys <= np.partition(keys, n - 1, axis=1)[:, n - 1 : n]
 
 
-def _first(mask: np.ndarray) -> np.ndarray:
-    """Columns of the set entries of each row, cut to the shortest row: the first are kept."""
-    counts = mask.sum(1)
+def _drawn_from_both(rng: np.random.Generator, pool: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The share [b] of the columns in `pool` [b, p] and of those not in it, drawn uniformly."""
+    keys = rng.random(pool.shape) + ~pool
+    ranked = np.sort(keys, axis=1)  # those in the pool first
+    inside = pool.sum(1)
+    n_in = (share * inside).astype(np.int64)
+    n_out = (share * (pool.shape[1] - inside)).astype(np.int64)
+    # Keys below the first that is not taken; there is always one, as shares are below 1.
+    sample = np.arange(len(pool))
+    cut_in, cut_out = ranked[sample, n_in], ranked[sample, inside + n_out]
+    return keys < np.where(pool, cut_in[:, None], cut_out[:, None])
+
+
+def _first(rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Tokens of the blocks rows x cols, cut to the shortest sample: the first are kept.
+
+    Args:
+        rows: [b, blocks, p], whether a block has the parcel.
+        cols: [b, blocks, w], whether a block has the time patch.
+    """
+    w = cols.shape[2]
+    counts = (rows.sum(2) * cols.sum(2)).sum(1)
     begin = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    flat = np.flatnonzero(mask)
-    chosen = flat[begin[:, None] + np.arange(counts.min())]
-    return chosen - np.arange(len(mask))[:, None] * mask.shape[1]
+    block, parcel = np.nonzero(rows.reshape(-1, rows.shape[2]))
+    # An index into (set rows) x w, in the order wanted.
+    flat = np.flatnonzero(cols.reshape(-1, w).take(block, axis=0))
+    row, time = np.divmod(flat[begin[:, None] + np.arange(counts.min())], w)
+    return parcel[row] * w + time

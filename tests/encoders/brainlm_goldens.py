@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from brainfusion.encoders.brainlm import BrainLM
 from brainfusion.encoders.brainlm_image import BrainLMImage
@@ -41,3 +43,18 @@ class Golden:
 def golden(name: str) -> Golden:
     text = json.loads((GOLDENS / f"{name}.json").read_text())
     return Golden(text["spec"], text["fixed"], load_file(GOLDENS / f"{name}.safetensors"))
+
+
+def grouped_gradient_is_wrong() -> bool:
+    """Whether this machine's kernels have the error that the stored gradients of brainlm_a have."""
+    generator = torch.Generator().manual_seed(0)
+    v, probe = torch.randn(2, 1, 4, 97, 8, generator=generator).unbind(0)
+    weight = torch.randn(4, 1, 65, 1, generator=generator)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        leaf = weight.to(dtype).requires_grad_()
+        out = F.conv2d(v.to(dtype), leaf, padding=(32, 0), groups=4)
+        return torch.autograd.grad((out * probe.to(dtype)).sum(), leaf)[0].double()
+
+    exact = gradient(torch.float64)
+    return bool((gradient(torch.float32) - exact).abs().max() > 1e-3 * exact.abs().max())

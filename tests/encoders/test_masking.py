@@ -1,10 +1,12 @@
 """Brain-JEPA's masks: geometry for any grid, uniformity, and the reference's statistics."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -109,6 +111,27 @@ def test_masks_are_a_pure_function_of_seed_step_and_rank() -> None:
         assert drawn.shape != first.shape or not drawn.equal(first)
 
 
+@pytest.mark.parametrize("mode", ["unbiased", "reference"])
+def test_masks_depend_on_no_global_generator_and_on_no_other_draw(mode: str) -> None:
+    first = draw((40, 10), 4, 3, step=7, mode=mode)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    draw((40, 10), 4, 3, step=6, mode=mode)
+    assert all(map(np.array_equal, first, draw((40, 10), 4, 3, step=7, mode=mode)))
+
+
+@pytest.mark.parametrize("mode", ["unbiased", "reference"])
+def test_a_batch_of_16_is_drawn_without_loops(mode: str) -> None:
+    # The reference's collator takes 5.9 ms; ours 0.2 (unbiased) and 0.6 ms on an idle core. The
+    # fastest of many, because the machine may be busy with others.
+    times = []
+    for step in range(60):
+        begin = time.perf_counter()
+        sample_masks((P, W), 16, mask_rng(0, step), mode=mode)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.0025
+
+
 def test_wrong_requests_are_refused() -> None:
     rng = mask_rng(0, 0)
     with pytest.raises(UserError, match="Did you mean 'unbiased'"):
@@ -178,6 +201,24 @@ def test_reference_batches_of_16_have_the_published_statistics(stats: dict) -> N
     assert cols[9] == 0
     split = wanted["where_targets_lie_after_truncation"]
     np.testing.assert_allclose(np.mean(where, axis=0), list(split.values()), atol=0.035)
+
+
+def test_reference_batches_train_on_the_alpha_block_alone_as_often_as_published(
+    stats: dict,
+) -> None:
+    wanted = stats["batch_16"]
+    n, alone, sizes = 2000, 0, []
+    for step in range(n):
+        context, targets = draw((P, W), 16, 13, step, mode="reference")
+        alone += not (np.diff(targets, axis=1) < 0).any()
+        sizes.append((context.shape[1], targets.shape[1]))
+    share = wanted["share_of_batches_whose_targets_are_the_alpha_block_alone"]
+    assert share == pytest.approx(0.645, abs=0.001)
+    # Both are shares of 2,000 draws: three standard errors of their difference are 0.045.
+    assert alone / n == pytest.approx(share, abs=3 * np.sqrt(2 * 0.645 * 0.355 / n))
+    context_sizes, target_sizes = np.array(sizes, float).T
+    near(context_sizes, wanted["context_tokens_K"], deviations=3.0)
+    near(target_sizes, wanted["target_tokens_P"], deviations=3.0)
 
 
 def test_reference_samples_before_the_cut_have_the_published_statistics(stats: dict) -> None:
