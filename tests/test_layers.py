@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "genetics": {"runtime", "data"},
     "alignment": {"runtime", "data"},
     "eval": {"runtime", "data"},
+    "integrations": {"runtime", "data", "encoders"},
     "cli": {"runtime", "data", "encoders", "genetics", "alignment", "eval"},
 }
 NEVER = {"evo2", "vortex", "mamba_ssm", "transformers", "flash_attn", "timm", "torchvision"}

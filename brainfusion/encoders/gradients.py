@@ -4,15 +4,25 @@ Diffusion-map embedding (Coifman and Lafon 2006) with the settings that Brain-JE
 through BrainSpace (Vos de Wael et al. 2020): each row keeps its strongest tenth, cosine similarity,
 alpha 0.5, all diffusion times.
 
+    table = gradient_table(connectivity)                        # of any correlation matrix
+    atlas = with_gradients(cohort.atlas, connectivity_of(cohort.recordings, rows))
+
+The first gradients are a property of brains, the last ones of the sample: between the two groups of
+the Human Connectome Project whose connectivity BrainSpace ships (400 parcels), the first ten agree
+by |r| of 0.93 to 1.00, the last ten by as little as 0.1; between halves of 33 people, the first
+seven by 0.85 and more.
+
 Shape legend: p parcels, t TRs, g components.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
+from brainfusion.data.atlas import Atlas
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.logs import say
 from brainfusion.runtime.threads import one_thread
@@ -35,18 +45,17 @@ def gradient_table(
         n_components: Columns; an atlas of p parcels has at most p - 1, the rest is zero.
 
     Returns:
-        float32. Columns by falling eigenvalue; in each the entry of largest size is positive.
+        float32. Columns by falling eigenvalue; in each the entry of largest size is positive. The
+        table does not depend on the order of the rows, the number of threads or the precision of
+        the input. Gradients of equal eigenvalues, as on a perfect ring, are some basis of theirs.
 
     Raises:
         UserError: The matrix is not square and symmetric, or falls into unconnected parts.
     """
-    matrix = np.array(connectivity, dtype=np.float64)
+    if n_components < 1:
+        raise UserError(f"n_components={n_components}: expected 1 gradient or more.")
+    matrix = _checked(connectivity)
     p = len(matrix)
-    if matrix.shape != (p, p) or not np.allclose(matrix, matrix.T, atol=1e-6, equal_nan=True):
-        raise UserError(
-            f"the connectivity matrix has shape {matrix.shape} or is not symmetric: expected "
-            "correlations of all pairs of parcels."
-        )
     np.fill_diagonal(matrix, np.nan)
     present = np.isfinite(matrix).any(axis=1)
     np.fill_diagonal(matrix, 1.0)
@@ -70,6 +79,25 @@ def gradient_table(
     return table
 
 
+def with_gradients(
+    atlas: Atlas, connectivity: Float[np.ndarray, "p p"], n_components: int = 30
+) -> Atlas:
+    """The atlas with gradient coordinates, made from connectivity in its parcel order.
+
+    `save` it as a cohort's `atlas.json` and Brain-JEPA takes its positions from there.
+
+    Raises:
+        UserError: The matrix is of another number of parcels, or as for `gradient_table`.
+    """
+    matrix = _checked(connectivity)
+    if len(matrix) != atlas.n_parcels:
+        raise UserError(
+            f"the connectivity matrix is of {len(matrix)} parcels but atlas '{atlas.name}' has "
+            f"{atlas.n_parcels}: give that of the same parcels, in the atlas's order."
+        )
+    return replace(atlas, gradient=gradient_table(matrix, n_components))
+
+
 def connectivity_of(recordings: "Recordings", rows: Sequence[int]) -> Float[np.ndarray, "p p"]:
     """Pearson connectivity, averaged over recordings as Fisher z and turned back to r.
 
@@ -91,6 +119,27 @@ def connectivity_of(recordings: "Recordings", rows: Sequence[int]) -> Float[np.n
     mean = np.tanh(mean)
     np.fill_diagonal(mean, 1.0)
     return mean
+
+
+def _checked(connectivity: Float[np.ndarray, "p p"]) -> Float[np.ndarray, "p p"]:
+    """The connectivity as a float64 copy."""
+    matrix = np.array(connectivity, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise UserError(
+            f"the connectivity matrix has shape {list(matrix.shape)}: expected [p, p], the "
+            "correlations of all pairs of parcels."
+        )
+    if n_infinite := int(np.isinf(matrix).sum()):
+        raise UserError(
+            f"the connectivity matrix has {n_infinite} infinite entries: expected correlations, "
+            "or NaN where a pair is missing; Fisher z of the diagonal is infinite, give r."
+        )
+    if not np.allclose(matrix, matrix.T, atol=1e-6, equal_nan=True):
+        raise UserError(
+            "the connectivity matrix is not symmetric: expected correlations of all pairs of "
+            "parcels; average it with its transpose if the difference is noise."
+        )
+    return matrix
 
 
 def _fisher_z(bold: Float[np.ndarray, "p t"]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,6 +169,8 @@ def _affinity(matrix: Float[np.ndarray, "p p"]) -> Float[np.ndarray, "p p"]:
     p = len(matrix)
     # BrainSpace computes int(p * (1 - 0.9)), which keeps 39 of 400; so do we.
     for n_kept in range(max(int(p * (1.0 - (1.0 - DENSITY))), 1), p + 1):
+        # Differs from upstream: of entries that tie at the cut all are kept, not whichever the
+        # partition leaves, so that the order of the parcels does not matter.
         cut = np.partition(matrix, p - n_kept, axis=1)[:, [p - n_kept]]
         kept = np.where(matrix >= cut, matrix, 0.0)
         kept /= np.linalg.norm(kept, axis=1, keepdims=True)
@@ -135,9 +186,11 @@ def _affinity(matrix: Float[np.ndarray, "p p"]) -> Float[np.ndarray, "p p"]:
 def _diffusion_map(affinity: Float[np.ndarray, "p p"], n: int) -> Float[np.ndarray, "p g"]:
     """Right eigenvectors of the random walk, scaled by lambda / (1 - lambda), without the first.
 
-    The walk is similar to a symmetric matrix, which is what is decomposed: exact, where BrainSpace
-    hands the walk itself, which is not symmetric, to a symmetric solver (on the connectivity of 400
-    parcels that it ships, columns correlate by 0.97 to 1.00 with its own).
+    The walk is similar to a symmetric matrix, which is what is decomposed: the same to rounding as
+    a general solver gives for the walk. Differs from upstream: BrainSpace hands the walk, which is
+    not symmetric, to a symmetric iterative solver, whose answer then depends on its random start.
+    On the connectivity that it ships, its own gradients under two seeds agree by |r| of 0.77 to
+    1.00, and with the true ones as much.
     """
     degree = affinity.sum(axis=1) ** -ALPHA
     weights = affinity * degree[:, None] * degree[None, :]
