@@ -1,16 +1,19 @@
 """What the adapters share: an adapter knows a model's conventions, and any container will do.
 
-Shape legend: n people, g genes, c chunks, w stored width, h hidden size.
+Shape legend: r rows (people) and k columns (genes) of a block, b vectors, c chunks, w stored width,
+h hidden size.
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from brainfusion.genetics import checks
+from brainfusion.genetics import checks, statistics
+from brainfusion.genetics.checks import Alarm
 from brainfusion.genetics.features import UNKNOWN, GeneticFeatures, Provenance
+from brainfusion.genetics.layout import PAIR
 from brainfusion.genetics.models import (
     SIMULATED,
     Checkpoint,
@@ -18,9 +21,15 @@ from brainfusion.genetics.models import (
     check_tokens,
     check_width,
     find_checkpoint,
+    unit_bp,
 )
-from brainfusion.genetics.source import Source
+from brainfusion.genetics.source import Block, Findings, Source
+from brainfusion.genetics.strands import average
+from brainfusion.genetics.stream import ReadyBlock, Stream
 from brainfusion.runtime.errors import UserError, nearest
+
+INDELS = ("none", "included")
+"""What provenance may say under "indels": single-base variants alone, or all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +42,14 @@ class Adapter:
     pooling: tuple[str, ...]
     """How positions may have become one vector."""
     to_vectors: Callable[[np.ndarray, Provenance, Checkpoint, str], tuple[np.ndarray, str]]
-    """(one gene's float32 array [n, w] or [n, c, w], provenance, checkpoint, name for errors) ->
-    (float32 [n, h], what was done, or "")."""
+    """(float32 [b, w] or [b, c, w], provenance, checkpoint, name for errors) -> (float32 [b, h],
+    what was done, or "")."""
     check: Callable[[Provenance, Checkpoint, str], None] | None = None
     """What only this model asks of the provenance; raises UserError."""
+    is_sequence_model: bool = True
+    """False for genotypes and scores: no layer, no strands, and zeros are numbers."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Provenance of files that need none beside them."""
 
     def checked(self, provenance: Provenance, *, where: str) -> Checkpoint:
         """The declared checkpoint, once the provenance makes sense for this model.
@@ -62,71 +75,141 @@ class Adapter:
                 f"{where}: sequence 'reference' is the same in everyone, so whatever differs "
                 "between rows is numerical noise: extract from each person's own sequence."
             )
+        if (indels := provenance.extra.get("indels")) not in (None, *INDELS):
+            raise UserError(f"{where}: indels={indels!r}. {nearest(str(indels), INDELS)}")
+        self._check_length(provenance, spec, provenance.length_bp, where=where)
+        if self.check is not None:
+            self.check(provenance, spec, where)
+        return spec
+
+    def stream(
+        self, source: Source, provenance: Provenance, spec: Checkpoint, *, where: str
+    ) -> Stream:
+        """Read a source block by block; `spec` is what `checked` found.
+
+        Raises:
+            UserError: A wrong width or layer, here or while streaming.
+        """
+        if source.layer is not None:
+            check_layer(self.model, provenance.checkpoint, spec, source.layer, where=where)
+        for length_bp in sorted(source.findings.lengths_bp):
+            self._check_length(provenance, spec, length_bp, where=where)
+        if spec.width == 0:
+            spec = dataclasses.replace(spec, width=source.width, output_width=source.width)
+            width = source.width
+        else:
+            width = 2 * spec.width if provenance.strands == "concat" else spec.width
+
+        def convert(block: Block) -> ReadyBlock:
+            return self._ready(block, source, provenance, spec, where=where)
+
+        folded = {"ps_raw": "ps_folded", PAIR: "averaged"}
+        final = dataclasses.replace(
+            provenance,
+            layer=source.layer,
+            strands=folded.get(provenance.strands, provenance.strands),
+        )
+        return Stream(
+            source,
+            convert,
+            final,
+            width=width,
+            where=where,
+            findings_alarms=lambda findings: self._findings_alarms(findings, provenance, spec),
+            undeclared=lambda findings: self._undeclared(final, spec, findings),
+        )
+
+    def features(
+        self, source: Source, provenance: Provenance, spec: Checkpoint, *, where: str
+    ) -> GeneticFeatures:
+        """The stream, gathered in memory.
+
+        Raises:
+            UserError: A wrong width or layer, rows that do not fit the ids, everyone the same.
+        """
+        return self.stream(source, provenance, spec, where=where).gathered()
+
+    def _ready(
+        self, block: Block, source: Source, provenance: Provenance, spec: Checkpoint, *, where: str
+    ) -> ReadyBlock:
+        for length_bp in sorted(block.findings.lengths_bp):
+            self._check_length(provenance, spec, length_bp, where=where)
+        genes = source.genes[block.columns]
+        label = f"{where}: gene {genes[0]}" if len(genes) == 1 and genes != ("all",) else where
+        raw = block.raw
+        resolutions = tuple(statistics.resolution(raw[:, k]) for k in range(raw.shape[1]))
+        n_axes = 2 + source.has_haplotypes + source.has_strands
+        lead, rest = raw.shape[:n_axes], raw.shape[n_axes:]
+        flat, step = self.to_vectors(
+            raw.reshape(int(np.prod(lead)), *rest), provenance, spec, label
+        )
+        steps = (step,) if step else ()
+        vectors = flat.reshape(*lead, flat.shape[-1])
+        if source.has_strands:
+            vectors = average(vectors[..., 0, :], vectors[..., 1, :])
+            steps = (*steps, "mean of forward and reverse complement")
+        mask = statistics.clean(vectors, zeros_missing=self.is_sequence_model)
+        if source.has_haplotypes:
+            mask = np.asarray(mask.all(axis=2))
+            vectors[~mask] = 0.0
+        return ReadyBlock(
+            rows=block.rows,
+            columns=block.columns,
+            vectors=vectors,
+            mask=mask,
+            dtype=statistics.coarsest([block.dtype, provenance.dtype]),
+            resolutions=resolutions,
+            steps=steps,
+            findings=block.findings,
+        )
+
+    def _check_length(
+        self, provenance: Provenance, spec: Checkpoint, length_bp: int | None, *, where: str
+    ) -> None:
         check_tokens(
             self.model,
             provenance.checkpoint,
             spec,
             token_unit=provenance.token_unit,
-            length_bp=provenance.length_bp,
+            length_bp=length_bp,
             n_tokens=provenance.n_tokens,
             chunked=provenance.n_chunks is not None,
             where=where,
         )
-        if self.check is not None:
-            self.check(provenance, spec, where)
-        return spec
 
-    def features(
-        self, source: Source, provenance: Provenance, spec: Checkpoint, *, where: str
-    ) -> GeneticFeatures:
-        """Read a source gene by gene; `spec` is what `checked` found.
+    def _findings_alarms(
+        self, findings: Findings, provenance: Provenance, spec: Checkpoint
+    ) -> list[Alarm]:
+        share = findings.n_indels / findings.n_flagged if findings.n_flagged else None
+        if share is None and provenance.extra.get("indels") == "included":
+            share = 1.0
+        padded = findings.n_padded / findings.n_sequences if findings.n_sequences else 0.0
+        return [
+            *checks.mixture_alarms(findings.covariates),
+            *checks.indel_alarms(share, unit_bp=unit_bp(spec.token_unit) or 1),
+            *checks.padding_alarms(padded, model=self.model),
+        ]
 
-        Raises:
-            UserError: A wrong width or layer, rows that do not fit the ids, everyone the same.
-        """
-        if source.layer is not None:
-            check_layer(self.model, provenance.checkpoint, spec, source.layer, where=where)
-        n, g = len(source.subjects), len(source.genes)
-        width = 2 * spec.width if provenance.strands == "concat" else spec.width
-        vectors = np.empty((n, g, width), dtype=np.float32)
-        mask = np.empty((n, g), dtype=np.bool_)
-        figures, steps = [], {}
-        for column, gene in enumerate(source.genes):
-            raw, dtype = source.load(column)
-            label = f"{where}: gene {gene}"
-            ready, step = self.to_vectors(raw, provenance, spec, label)
-            stored = checks.coarsest([dtype, provenance.dtype, checks.resolution(raw)])
-            vectors[:, column] = ready
-            mask[:, column] = checks.clean(vectors[:, column])
-            figures.append(checks.describe(vectors[:, column], mask[:, column], stored=stored))
-            if step:
-                steps[step] = None
-        provenance = dataclasses.replace(
-            provenance,
-            layer=source.layer,
-            strands="ps_folded" if provenance.strands == "ps_raw" else provenance.strands,
-            dtype=checks.coarsest(
-                [provenance.dtype, *(gene.stored for gene in figures if gene.n_present)]
-            ),
-            steps=(*provenance.steps, *steps),
-        )
-        alarms = checks.find_alarms(
-            figures, mask, where=where, undeclared=_undeclared(self.model, provenance)
-        )
-        return GeneticFeatures(
-            subjects=source.subjects,
-            genes=source.genes,
-            vectors=vectors,
-            mask=mask,
-            provenance=provenance,
-            alarms=tuple(alarms),
-        )
+    def _undeclared(
+        self, provenance: Provenance, spec: Checkpoint, findings: Findings
+    ) -> list[str]:
+        if provenance.simulated or not self.is_sequence_model:
+            return []
+        needs_indels = spec.token_unit == "6-mer" and not findings.n_flagged
+        said = {
+            "pooling": provenance.pooling != UNKNOWN,
+            "layer": provenance.layer is not None or self.model != "evo2",
+            "sequence": provenance.sequence is not None,
+            "reference": provenance.reference is not None,
+            "indels": "indels" in provenance.extra or not needs_indels,
+        }
+        return [key for key, is_said in said.items() if not is_said]
 
 
 def checked_vectors(
     raw: np.ndarray, provenance: Provenance, spec: Checkpoint, *, where: str
 ) -> np.ndarray:
-    """`raw` if it is [n, w] with the width that the provenance implies.
+    """`raw` if it is [b, w] with the width that the provenance implies.
 
     Raises:
         UserError: More axes (token-level output), or another width.
@@ -134,7 +217,8 @@ def checked_vectors(
     if raw.ndim != 2:
         raise UserError(
             f"{where}: an array of shape {raw.shape} where [people, width] is expected: pool "
-            "token-level output over its true length, in float32, before storing it."
+            "token-level output over its true length, in float32, before storing it; or declare "
+            '"level": "token" (and "haplotypes": 2, or strands "pair", for an axis of two).'
         )
     check_width(
         raw.shape[1],
@@ -146,13 +230,8 @@ def checked_vectors(
     return raw
 
 
-def _undeclared(model: str, provenance: Provenance) -> list[str]:
-    if provenance.simulated:
-        return []
-    said = {
-        "pooling": provenance.pooling != UNKNOWN,
-        "layer": provenance.layer is not None or model != "evo2",
-        "sequence": provenance.sequence is not None,
-        "reference": provenance.reference is not None,
-    }
-    return [key for key, is_said in said.items() if not is_said]
+def plain_vectors(
+    raw: np.ndarray, provenance: Provenance, spec: Checkpoint, where: str
+) -> tuple[np.ndarray, str]:
+    """Vectors as they are, for models without conventions of their own."""
+    return checked_vectors(raw, provenance, spec, where=where), ""

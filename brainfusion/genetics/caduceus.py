@@ -6,11 +6,16 @@
 
 Any other container of `genetics.files` will do as well. Caduceus-PS output is 2d wide and
 equivariant, not invariant: "ps_raw" is folded here, with the flip of the reverse half's channels
-(`strands.fold_ps`). Caduceus-Ph is averaged over both strands by whoever extracts it.
+(`strands.fold_ps`); at token level the reverse half is turned in length first. Caduceus-Ph is
+averaged over both strands by whoever extracts it, or here from "pair" files.
+
+The tokenizer appends `[SEP]` ("special_tokens": [0, 1]) unless told not to, and pads on the left.
+There is no attention mask: padded batches contaminate real positions, which is an alarm.
 
 The dict that `vep_embeddings.py` writes (`concat_avg_ws` ...) is refused: its 2d columns are the
-reference and alternative allele of a variant, not two strands, and its rows carry no ids. The NaN
-rows that half-precision autocast leaves in other files are masked.
+reference and alternative allele of a variant, not two strands, and its rows carry no ids
+(`genetics.variants` reads it as variants). The NaN rows that half-precision autocast leaves in
+other files are masked.
 
 The published configs run fused kernels (`fused_add_norm`), whose function differs from the
 unfused one: record which under a key of your own, such as "fused_add_norm".
@@ -46,8 +51,8 @@ def _check(provenance: Provenance, spec: Checkpoint, where: str) -> None:
 
 ADAPTER = Adapter(
     model="caduceus",
-    strands=("ps_raw", "ps_folded", "averaged", "fwd_only"),
-    pooling=("mean", "max"),
+    strands=("ps_raw", "ps_folded", "averaged", "fwd_only", "pair"),
+    pooling=("mean", "max", "last"),
     to_vectors=_to_vectors,
     check=_check,
 )

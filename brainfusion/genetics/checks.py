@@ -7,21 +7,18 @@ kept 17 to 45 % of the between-person variance, float16 69 to 93 %, float32 all 
 Shape legend: n people, g genes, h width.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from brainfusion.genetics.statistics import SIGNIFICANT_BITS, GeneFigures, coarsest
 from brainfusion.runtime.errors import UserError
 
-SIGNIFICANT_BITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 MAX_MISSING = 0.5
 """Share of absent vectors above which a table is refused."""
-
-_BLOCK_ROWS = 1024
-_N_SAMPLED_COLUMNS = 16
-_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?")
+MAX_TWINS = 0.25
+"""Share of people with the very same vectors in all genes above which an alarm rings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,107 +34,41 @@ class Alarm:
         return f"{self.name}: {self.finding}; {self.cure}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeneFigures:
-    """What the alarms need to know of one gene's vectors."""
-
-    n_present: int
-    ratio: float
-    """Median over columns of (sd between people) / |mean|; nan with fewer than two people."""
-    n_constant: int
-    """Columns in which all people have the same number."""
-    width: int
-    stored: str
-    """The coarsest type that the vectors went through."""
-    distinct: float
-    """Median over columns of distinct values / people."""
-
-    @property
-    def all_equal(self) -> bool:
-        """Whether at least two people have a vector, and all the same one."""
-        return self.n_present > 1 and self.n_constant == self.width
-
-
-# -- vectors ---------------------------------------------------------------------------------------
-
-
-def resolution(values: np.ndarray) -> str:
-    """The coarsest type that holds every one of these float32 values exactly.
-
-    Vectors that were stored as bfloat16 or float16 and then written as float32 give themselves
-    away: their last 16 (13) bits are zero.
-    """
-    rest = {"bfloat16": 0xFFFF, "float16": 0x1FFF}
-    for start in range(0, len(values), _BLOCK_ROWS):
-        # Absent vectors are nan, whose bits mean nothing.
-        block = np.nan_to_num(values[start : start + _BLOCK_ROWS], nan=0.0, posinf=0.0, neginf=0.0)
-        bits = np.ascontiguousarray(block, dtype=np.float32).view(np.uint32)
-        rest = {dtype: low for dtype, low in rest.items() if not np.any(bits & np.uint32(low))}
-        if not rest:
-            return "float32"
-    # All zeros in 16 bits means all zeros in 13 too: bfloat16 is the coarser of the two.
-    return next(iter(rest))
-
-
-def coarsest(dtypes: Iterable[str]) -> str:
-    """The type with the fewest significant bits."""
-    return min(dtypes, key=lambda dtype: SIGNIFICANT_BITS.get(dtype, 24))
-
-
-def clean(vectors: np.ndarray) -> np.ndarray:
-    """Zero, in place, rows of [n, h] with nan, inf or only zeros; the mask [n] of the others."""
-    mask = np.isfinite(vectors).all(axis=1) & (vectors != 0).any(axis=1)
-    vectors[~mask] = 0.0
-    return mask
-
-
-def describe(vectors: np.ndarray, mask: np.ndarray, *, stored: str) -> GeneFigures:
-    """The figures of one gene: vectors float32 [n, h], mask bool [n]. Streams in blocks of rows."""
-    rows = np.flatnonzero(mask)
-    width, n = vectors.shape[1], len(rows)
-    if n < 2:
-        return GeneFigures(
-            n_present=n, ratio=np.nan, n_constant=0, width=width, stored=stored, distinct=1.0
-        )
-    # Differences from one person are exact where sums of nearly equal numbers are not.
-    first = vectors[rows[0]]
-    total, squares = np.zeros(width), np.zeros(width)
-    for start in range(0, n, _BLOCK_ROWS):
-        offset = vectors[rows[start : start + _BLOCK_ROWS]].astype(np.float64) - first
-        total += offset.sum(axis=0)
-        squares += np.square(offset).sum(axis=0)
-    mean = np.abs(first + total / n)
-    sd = np.sqrt(np.maximum(squares - total**2 / n, 0.0) / (n - 1))
-    constant = squares == 0
-    ratio = np.where(constant, 0.0, sd / np.maximum(mean, np.finfo(np.float32).tiny))
-    sample = np.linspace(0, width - 1, min(width, _N_SAMPLED_COLUMNS)).astype(np.int64)
-    n_distinct = [len(np.unique(vectors[rows, column])) for column in sample]
-    return GeneFigures(
-        n_present=n,
-        ratio=float(np.median(ratio)),
-        n_constant=int(constant.sum()),
-        width=width,
-        stored=stored,
-        distinct=float(np.median(n_distinct)) / n,
-    )
-
-
 def find_alarms(
-    figures: Sequence[GeneFigures], mask: np.ndarray, *, where: str, undeclared: Sequence[str] = ()
+    figures: Sequence[GeneFigures],
+    n_genes_present: np.ndarray,
+    *,
+    where: str,
+    undeclared: Sequence[str] = (),
+    n_twins: int = 1,
 ) -> list[Alarm]:
-    """All alarms of a table.
+    """All alarms that the vectors of a table give.
 
     Args:
         figures: One a gene.
-        mask: bool [n, g].
+        n_genes_present: Genes with a vector, a person: int [n].
         where: The file or folder, for errors.
         undeclared: Provenance that should be there and is not.
+        n_twins: People in the largest group with the same vectors in all genes.
 
     Raises:
         UserError: Everyone has the same vectors, or most vectors are absent.
     """
-    _refuse_empty(figures, mask, where=where)
-    alarms = [*_variance_alarms(figures), *_missing_alarms(mask)]
+    n = len(n_genes_present)
+    n_vectors = n * len(figures)
+    _refuse_empty(figures, n, 1.0 - int(n_genes_present.sum()) / max(1, n_vectors), where=where)
+    alarms = [*_variance_alarms(figures), *_missing_alarms(n_genes_present, n_vectors)]
+    if n_twins > max(2.0, MAX_TWINS * n):
+        alarms.append(
+            Alarm(
+                name="repeated people",
+                figure=n_twins / n,
+                finding=f"{n_twins} of {n} people have the same vectors in all {len(figures)} "
+                "genes",
+                cure="expected of a few short genes; otherwise their own variants were not "
+                "applied, or rows were copied: extract these people again",
+            )
+        )
     if undeclared:
         alarms.append(
             Alarm(
@@ -150,8 +81,158 @@ def find_alarms(
     return alarms
 
 
-def _refuse_empty(figures: Sequence[GeneFigures], mask: np.ndarray, *, where: str) -> None:
-    missing = 1.0 - float(mask.mean()) if mask.size else 1.0
+def mixture_alarms(covariates: Mapping[str, Mapping[str, int]]) -> list[Alarm]:
+    """An alarm for each thing of which the files name several (devices, versions, windows ...).
+
+    The same sequence gives other values on another GPU or with another block size
+    (ArcInstitute/evo2#178, #196), by as much as people differ.
+
+    Args:
+        covariates: What -> value -> how many rows or files say so.
+    """
+    alarms = []
+    for name, counts in covariates.items():
+        if len(counts) < 2:
+            continue
+        total = sum(counts.values())
+        most = max(counts, key=lambda value: counts[value])
+        share = 1.0 - counts[most] / total
+        listed = ", ".join(f"{value} {count / total:.0%}" for value, count in counts.items())
+        alarms.append(
+            Alarm(
+                name=f"mixed {name}",
+                figure=share,
+                finding=f"{len(counts)} values of {name} in one table ({listed})",
+                cure=f"extract all with '{most}', or keep {name} as a covariate: the difference "
+                "between them may be as large as that between people",
+            )
+        )
+    return alarms
+
+
+def indel_alarms(share: float | None, *, unit_bp: int) -> list[Alarm]:
+    """An alarm where tokens of several bases meet sequences with insertions and deletions.
+
+    One deletion shifts the frame of all non-overlapping 6-mers behind it, half of a gene's tokens
+    on average; a single-base variant changes one in a thousand.
+
+    Args:
+        share: Vectors whose sequence carries an indel; None if nothing is known of it.
+        unit_bp: Base pairs a token.
+    """
+    if unit_bp < 2 or not share:
+        return []
+    return [
+        Alarm(
+            name="indel carriers",
+            figure=share,
+            finding=f"{share:.1%} of the vectors come from a sequence with an insertion or "
+            f"deletion, which shifts all {unit_bp}-mers behind it",
+            cure="apply single-base variants only (declare indels 'none'), or keep the flag as a "
+            "covariate: carriers differ from the rest by an artefact",
+        )
+    ]
+
+
+def padding_alarms(share: float, *, model: str) -> list[Alarm]:
+    """An alarm where a model without an attention mask read padded sequences.
+
+    Args:
+        share: Of the sequences, those with padding.
+        model: The family; only Caduceus reads padding as sequence, from both sides.
+    """
+    if model != "caduceus" or not share:
+        return []
+    return [
+        Alarm(
+            name="padded batches",
+            figure=share,
+            finding=f"{share:.1%} of the sequences were padded, and {model} has no attention mask, "
+            "so padding changed their real positions too",
+            cure="extract with batches of one, or of equal lengths",
+        )
+    ]
+
+
+# -- what storage keeps ----------------------------------------------------------------------------
+
+
+def variance_kept(vectors: np.ndarray, mask: np.ndarray | None = None) -> dict[str, float]:
+    """The share of between-person variance that each way of storing vectors keeps.
+
+    Share: the squared correlation over people between a column and the same column as stored (0 if
+    it became constant), averaged over the columns that vary, genes alike.
+
+    Args:
+        vectors: float32 [n, h] of one gene, or [n, g, h]; as pooled, before any rounding.
+        mask: bool [n] or [n, g], true where there is a vector; all if omitted.
+
+    Returns:
+        Keys "float32", "float16", "bfloat16", and the latter two "centred": after subtracting the
+        mean of the people from each column, in float32. nan where nothing varies.
+    """
+    table = vectors[:, None] if vectors.ndim == 2 else vectors
+    present = (
+        np.ones(table.shape[:2], dtype=bool) if mask is None else mask.reshape(table.shape[:2])
+    )
+    kept: dict[str, list[float]] = {}
+    for gene in range(table.shape[1]):
+        exact = np.asarray(table[present[:, gene], gene], dtype=np.float32)
+        centre = exact.mean(axis=0, dtype=np.float64).astype(np.float32) if len(exact) else 0.0
+        centred = exact - centre
+        for name, stored in (
+            ("float32", exact),
+            ("float16", to_float16(exact)),
+            ("bfloat16", to_bfloat16(exact)),
+            ("centred float16", to_float16(centred)),
+            ("centred bfloat16", to_bfloat16(centred)),
+        ):
+            kept.setdefault(name, []).append(_shared_variance(exact, stored))
+    return {name: _mean_of_known(shares) for name, shares in kept.items()}
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest bfloat16 (ties to even), as float32."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
+def to_float16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest float16, as float32; too large values become inf."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
+def _shared_variance(exact: np.ndarray, stored: np.ndarray) -> float:
+    if len(exact) < 2:
+        return float("nan")
+    a = exact - exact[0].astype(np.float64)
+    b = np.nan_to_num(stored, posinf=0.0, neginf=0.0) - exact[0].astype(np.float64)
+    a -= a.mean(axis=0)
+    b -= b.mean(axis=0)
+    spread = np.square(a).sum(axis=0)
+    varies = spread > 0
+    if not varies.any():
+        return float("nan")
+    left = np.square(b).sum(axis=0)
+    shared = np.square((a * b).sum(axis=0))
+    left_and_varies = (left > 0) & varies
+    share = np.zeros(len(spread))
+    np.divide(shared, spread * left, out=share, where=left_and_varies)
+    return float(share[varies].mean())
+
+
+def _mean_of_known(shares: Sequence[float]) -> float:
+    known = [share for share in shares if not np.isnan(share)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+# -- alarms of the vectors -------------------------------------------------------------------------
+
+
+def _refuse_empty(figures: Sequence[GeneFigures], n: int, missing: float, *, where: str) -> None:
     if missing > MAX_MISSING:
         raise UserError(
             f"{where}: {missing:.0%} of the vectors are absent, nan, infinite or zero (at most "
@@ -160,7 +241,7 @@ def _refuse_empty(figures: Sequence[GeneFigures], mask: np.ndarray, *, where: st
     compared = [gene for gene in figures if gene.n_present > 1]
     if compared and all(gene.all_equal for gene in compared):
         raise UserError(
-            f"{where}: all people have the same vectors (1 distinct row in {mask.shape[0]}): "
+            f"{where}: all people have the same vectors (1 distinct row in {n}): "
             "reference-only extraction, or precision lost before storage; extract from each "
             "person's own sequence (reference plus phased variants) and store float32."
         )
@@ -207,100 +288,24 @@ def _variance_alarms(figures: Sequence[GeneFigures]) -> list[Alarm]:
     return alarms
 
 
-def _missing_alarms(mask: np.ndarray) -> list[Alarm]:
+def _missing_alarms(n_genes_present: np.ndarray, n_vectors: int) -> list[Alarm]:
     alarms = []
-    if n_missing := int(mask.size - np.count_nonzero(mask)):
+    if n_missing := n_vectors - int(n_genes_present.sum()):
         alarms.append(
             Alarm(
                 name="missing vectors",
-                figure=n_missing / mask.size,
-                finding=f"{n_missing} of {mask.size} vectors are absent, nan, infinite or zero",
+                figure=n_missing / n_vectors,
+                finding=f"{n_missing} of {n_vectors} vectors are absent, nan, infinite or zero",
                 cure="they are masked, never imputed; extract them again if they should be there",
             )
         )
-    if n_empty := int((~mask.any(axis=1)).sum()):
+    if n_empty := int((n_genes_present == 0).sum()):
         alarms.append(
             Alarm(
                 name="people without vectors",
-                figure=n_empty / mask.shape[0],
-                finding=f"{n_empty} of {mask.shape[0]} people have no vector at all",
+                figure=n_empty / len(n_genes_present),
+                finding=f"{n_empty} of {len(n_genes_present)} people have no vector at all",
                 cure="they cannot be aligned; leave them out or extract them",
             )
         )
     return alarms
-
-
-# -- ids -------------------------------------------------------------------------------------------
-
-
-def text_ids(values: Sequence[object] | np.ndarray, *, what: str, where: str) -> tuple[str, ...]:
-    """Ids as text, checked.
-
-    Args:
-        values: Text or whole numbers.
-        what: "subject" or "gene".
-        where: The file, for errors.
-
-    Raises:
-        UserError: Absent, duplicate or empty ids, or ids that were numbers with a decimal point on
-            the way: leading zeros are then lost, and "1000234.0" joins with nobody.
-    """
-    if isinstance(values, np.ndarray) and values.dtype.kind not in "USiuTO":
-        raise UserError(
-            f"{where}: {what} ids are {values.dtype}, which has lost leading zeros: write them as "
-            "text, for example ids.astype(str) of what was read with dtype=str."
-        )
-    if isinstance(values, np.ndarray) and values.dtype.kind == "S":
-        values = np.char.decode(values, "utf-8")
-    ids = tuple(values.tolist() if isinstance(values, np.ndarray) else values)
-    if any(not isinstance(value, (str, int)) or isinstance(value, bool) for value in ids):
-        raise UserError(f"{where}: {what} ids must be text; some are absent or of another type.")
-    names = tuple(str(value) for value in ids)
-    if not names:
-        raise UserError(f"{where}: no {what}s.")
-    if n_bad := sum(not name or name != name.strip() for name in names):
-        raise UserError(
-            f"{where}: {n_bad} {what} ids are empty or begin or end with a space: correct them."
-        )
-    if what == "subject":
-        _check_subjects(names, where=where)
-    else:
-        _check_genes(names, where=where)
-    if n_twice := len(names) - len(set(names)):
-        seen: set[str] = set()
-        twice = list(dict.fromkeys(name for name in names if name in seen or seen.add(name)))
-        raise UserError(
-            f"{where}: {n_twice} duplicate {what} ids ({', '.join(twice[:3])}"
-            f"{' ...' if len(twice) > 3 else ''}): one row each is expected; average a person's "
-            "haplotypes, and keep one of repeated rows."
-        )
-    return names
-
-
-def _check_subjects(names: tuple[str, ...], *, where: str) -> None:
-    if n_float := sum(re.fullmatch(r"-?\d+\.0+", name) is not None for name in names):
-        raise UserError(
-            f"{where}: {n_float} subject ids end in '.0': they were read as numbers on the way, "
-            "which drops leading zeros too. Read the id column as text (pandas dtype=str, polars "
-            "pl.String) and write the file again."
-        )
-    if n_negative := sum(re.fullmatch(r"-\d+", name) is not None for name in names):
-        raise UserError(
-            f"{where}: {n_negative} subject ids are negative numbers, as withdrawn people are "
-            "marked: leave these rows out."
-        )
-
-
-def _check_genes(names: tuple[str, ...], *, where: str) -> None:
-    matches = [_ENSEMBL.fullmatch(name) for name in names]
-    n_ensembl = sum(match is not None for match in matches)
-    if any(match is not None and match.group(1) for match in matches):
-        raise UserError(
-            f"{where}: Ensembl gene ids carry versions (such as {names[0]}): drop what follows the "
-            "point, since versions differ between releases."
-        )
-    if 0 < n_ensembl < len(names):
-        raise UserError(
-            f"{where}: {n_ensembl} of {len(names)} gene ids are Ensembl's, the others are not: use "
-            "one namespace, so that a gene is not counted twice."
-        )

@@ -1,6 +1,6 @@
-"""DNA embeddings in memory, and where they come from.
+"""DNA embeddings, in memory or in a store, and where they come from.
 
-Shape legend: n people, g genes, h width.
+Shape legend: n people, g genes, h width, b people of a batch.
 """
 
 import dataclasses
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from brainfusion.genetics.checks import Alarm
+from brainfusion.genetics.haplotypes import Combination, check_combination
+from brainfusion.genetics.vectors import Dense, StoredVectors
 from brainfusion.runtime.errors import UserError, nearest
 
 UNKNOWN = "unknown"
@@ -20,6 +22,7 @@ MINIMAL = (
     '{"model": "evo2", "checkpoint": "evo2_7b", "layer": "blocks.26", "pooling": "mean", '
     '"strands": "averaged"}'
 )
+_BLOCK_ROWS = 1024
 _REQUIRED = ("model", "checkpoint", "pooling", "strands")
 
 
@@ -99,8 +102,10 @@ class GeneticFeatures:
 
     subjects: tuple[str, ...]
     genes: tuple[str, ...]
-    vectors: np.ndarray
-    """float32 [n, g, h], C-contiguous; zeros where `mask` is false."""
+    vectors: np.ndarray | StoredVectors
+    """float32 [n, g, h], zeros where `mask` is false. In memory, C-contiguous; or in a store, and
+    decoded as it is asked for. An array [n, g, 2, h] keeps both haplotypes, and reads as their
+    mean (`with_haplotypes`)."""
     mask: np.ndarray
     """bool [n, g], true where there is a vector."""
     provenance: Provenance
@@ -109,7 +114,7 @@ class GeneticFeatures:
 
     def __post_init__(self) -> None:
         expected = (len(self.subjects), len(self.genes))
-        if self.vectors.ndim != 3 or self.vectors.shape[:2] != expected:
+        if self.vectors.ndim not in (3, 4) or self.vectors.shape[:2] != expected:
             raise UserError(
                 f"vectors have shape {self.vectors.shape}; expected [{expected[0]} people, "
                 f"{expected[1]} genes, width]."
@@ -118,8 +123,10 @@ class GeneticFeatures:
             raise UserError(
                 f"mask is {self.mask.dtype} of shape {self.mask.shape}; expected bool {expected}."
             )
-        if self.vectors.dtype != np.float32 or not self.vectors.flags.c_contiguous:
-            object.__setattr__(self, "vectors", np.ascontiguousarray(self.vectors, np.float32))
+        if isinstance(self.vectors, np.ndarray):
+            vectors = np.ascontiguousarray(self.vectors, np.float32)
+            kept = StoredVectors(Dense(vectors)) if vectors.ndim == 4 else vectors
+            object.__setattr__(self, "vectors", kept)
 
     @property
     def n_subjects(self) -> int:
@@ -137,36 +144,93 @@ class GeneticFeatures:
         return self.vectors.shape[2]
 
     @property
+    def n_haplotypes(self) -> int:
+        """2 where both haplotypes are kept, 1 where files held them merged."""
+        return self.vectors.n_haplotypes if isinstance(self.vectors, StoredVectors) else 1
+
+    @property
+    def haplotypes(self) -> Combination:
+        """How two haplotypes become one vector; "mean" where there is only one."""
+        return self.vectors.how if isinstance(self.vectors, StoredVectors) else "mean"
+
+    @property
     def n_missing(self) -> int:
         """Pairs of person and gene without a vector."""
         return int(self.mask.size - np.count_nonzero(self.mask))
 
+    def with_haplotypes(self, how: str) -> "GeneticFeatures":
+        """The same haplotypes combined as "mean", "sum" or "mean-absdiff"; reads nothing.
+
+        Raises:
+            UserError: An unknown way, or haplotypes that are merged already.
+        """
+        combination = check_combination(how, n_haplotypes=self.n_haplotypes)
+        if isinstance(self.vectors, np.ndarray):
+            return self
+        return dataclasses.replace(self, vectors=self.vectors.combined(combination))
+
+    def rows(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [b, g, h]: the vectors of some people, by row; nothing else is read."""
+        where = np.asarray(positions, dtype=np.int64)
+        if isinstance(self.vectors, StoredVectors):
+            return self.vectors.take(where)
+        return self.vectors[where]
+
+    def pooled(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [b, h]: the mean over the genes that each of some people has; zeros for none."""
+        where = np.asarray(positions, dtype=np.int64)
+        if isinstance(self.vectors, StoredVectors):
+            total = self.vectors.total(where)
+        else:
+            total = self.vectors[where].sum(axis=1)
+        n_present = np.maximum(self.mask[where].sum(axis=1), 1)
+        return total / n_present[:, None].astype(np.float32)
+
+    def column(self, gene: int, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [b, h]: one gene's vectors of some people, by row."""
+        where = np.asarray(positions, dtype=np.int64)
+        if isinstance(self.vectors, StoredVectors):
+            return self.vectors.take(where, np.array([gene]))[:, 0]
+        return self.vectors[where, gene]
+
     def select(
         self, subjects: Sequence[str], genes: Sequence[str] | None = None
     ) -> "GeneticFeatures":
-        """The named people, and the named genes if any, in the order given; a copy.
+        """The named people, and the named genes if any, in the order given.
+
+        A copy of arrays in memory; a store stays where it is, and only what is selected is read.
 
         Raises:
             UserError: Ids that are not here (their count) or that are named twice.
         """
         rows = _positions(subjects, self.subjects, what="subject")
         columns = _positions(genes, self.genes, what="gene") if genes is not None else None
-        vectors, mask = self.vectors[rows], self.mask[rows]
-        if columns is not None:
-            vectors, mask = vectors[:, columns], mask[:, columns]
+        mask = self.mask[rows]
+        if isinstance(self.vectors, StoredVectors):
+            vectors = self.vectors.subset(rows, columns)
+        elif columns is None:
+            vectors = self.vectors[rows]
+        else:
+            vectors = self.vectors[rows[:, None], columns]
         return dataclasses.replace(
             self,
             subjects=tuple(subjects),
             genes=self.genes if genes is None else tuple(genes),
-            vectors=np.ascontiguousarray(vectors),
-            mask=mask,
+            vectors=vectors,
+            mask=mask if columns is None else mask[:, columns],
         )
 
     def gene_means(self) -> np.ndarray:
         """float32 [g, h]: each gene's mean over the people who have it; zeros where nobody has."""
-        n_present = np.maximum(self.mask.sum(axis=0), 1)
-        total = self.vectors.sum(axis=0, dtype=np.float64, where=self.mask[:, :, None])
-        return (total / n_present[:, None]).astype(np.float32)
+        means = np.zeros((self.n_genes, self.width), dtype=np.float32)
+        for gene in range(self.n_genes):
+            rows = np.flatnonzero(self.mask[:, gene])
+            total = np.zeros(self.width)
+            for start in range(0, len(rows), _BLOCK_ROWS):
+                block = self.column(gene, rows[start : start + _BLOCK_ROWS])
+                total += block.sum(axis=0, dtype=np.float64)
+            means[gene] = total / max(len(rows), 1)
+        return means
 
     def concatenated(self, *, fill: np.ndarray | None = None) -> np.ndarray:
         """All genes side by side, float32 [n, g * h]; a copy that may be written to.

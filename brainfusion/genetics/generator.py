@@ -5,6 +5,8 @@
 
 Any other container of `genetics.files` will do as well. Pooling: "separator" is the last token of
 `"<s>" + sequence + "<s>"`, "last" the last token of the sequence itself, "mean" the masked mean.
+Token-level files ("level": "token") are pooled here, with "special_tokens": [1, 1] for that form,
+[1, 0] for the first version's, which has no second `<s>`.
 
 Sequences longer than 16,384 tokens are cut into chunks, padded with zero chunks to the longest:
 [n, g, chunks, H], or flattened to [n, g, chunks * H] with "n_chunks" in the provenance. The mean is
@@ -12,7 +14,9 @@ taken over the chunks that are there: zero chunks would shrink the vectors of sh
 published chunking drops the tail, so all but the last chunk end in an ordinary 6-mer.)
 
 Tokens are 6-mers that do not overlap: `length_bp` must be a multiple of 6, and one deletion changes
-half of the tokens that follow, so carriers of indels differ from the rest by an artefact.
+half of the tokens that follow, so carriers of indels differ from the rest by an artefact: declare
+"indels" ("none" or "included"), or flag them in a column. Both strands are cut to whole tokens
+first and reversed second (`strands.both_strands`).
 """
 
 import numpy as np
@@ -52,7 +56,7 @@ def _to_vectors(
 
 ADAPTER = Adapter(
     model="generator",
-    strands=("fwd_only", "averaged", "concat"),
-    pooling=("separator", "mean", "last"),
+    strands=("fwd_only", "averaged", "concat", "pair"),
+    pooling=("separator", "mean", "last", "max"),
     to_vectors=_to_vectors,
 )

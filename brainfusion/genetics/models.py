@@ -27,13 +27,13 @@ class Checkpoint:
     """What is known of one set of weights."""
 
     width: int
-    """Hidden size: the width of a vector that is ready to use."""
+    """Hidden size: the width of a vector that is ready to use; 0 where any will do."""
     output_width: int
     """Width of a raw output position; twice `width` where both strands are stored side by side."""
     n_layers: int | None
     """Blocks; None leaves layer names unchecked (simulated files)."""
     token_unit: str
-    """What one token covers: "bp", "6-mer" (not overlapping) or "BPE"."""
+    """What one token covers: "bp", "6-mer" (not overlapping), "BPE", or "" where any will do."""
     context_bp: int | None
     """Longest input in base pairs; None where tokens have no fixed length."""
     strand_class: StrandClass
@@ -91,6 +91,7 @@ REGISTRY: dict[str, dict[str, Checkpoint]] = {
     },
     "dnabert2": {
         "DNABERT-2-117M": Checkpoint(768, 768, 12, "BPE", None, "none", "float32"),
+        SIMULATED:        Checkpoint(64, 64, None, "BPE", None, "none", "float32"),
     },
     "nucleotide-transformer": {
         "nucleotide-transformer-500m-human-ref":
@@ -105,13 +106,38 @@ REGISTRY: dict[str, dict[str, Checkpoint]] = {
             Checkpoint(512, 512, 22, "6-mer", 12_288, "none", "float32"),
         "nucleotide-transformer-v2-500m-multi-species":
             Checkpoint(1024, 1024, 29, "6-mer", 12_288, "none", "float32"),
+        SIMULATED:
+            Checkpoint(64, 64, None, "6-mer", None, "none", "float32"),
     },
     "hyenadna": {
         "hyenadna-small-32k-seqlen":   Checkpoint(256, 256, 4, "bp", 32_768, "none", "float32"),
         "hyenadna-medium-160k-seqlen": Checkpoint(256, 256, 8, "bp", 160_000, "none", "float32"),
         "hyenadna-large-1m-seqlen":    Checkpoint(256, 256, 8, "bp", 1_000_000, "none", "float32"),
+        SIMULATED:                     Checkpoint(64, 64, None, "bp", None, "none", "float32"),
     },
 }
+
+ANY = Checkpoint(0, 0, None, "", None, "none", "float32")
+"""A table of which nothing is known beforehand: any width, any layer."""
+FREE = ("generic", "dosage", "pgs")
+"""Families that are not in `REGISTRY`: any name is a checkpoint of theirs."""
+
+LAYER_NAMES: dict[str, tuple[str, ...]] = {
+    "evo2":
+        ("embedding_layer", "blocks.N", "blocks.N.mlp", "blocks.N.mlp.l3", "blocks.N.pre_norm",
+         "blocks.N.post_norm", "norm"),
+    "generator":
+        ("hidden_states.N", "model.layers.N", "model.norm", "last"),
+    "caduceus":
+        ("hidden_states.N", "backbone.layers.N", "backbone.norm_f", "last"),
+    "dnabert2":
+        ("hidden_states.N", "encoder.layers.N", "last"),
+    "nucleotide-transformer":
+        ("hidden_states.N", "esm.encoder.layers.N", "last"),
+    "hyenadna":
+        ("hidden_states.N", "backbone.layers.N", "backbone.ln_f", "last"),
+}
+"""What layers are called, N from 0; a number alone is taken as hidden_states.N."""
 # fmt: on
 
 _N_LISTED = 6
@@ -120,8 +146,8 @@ _EVO2_LAYER = re.compile(
     r"(?:embedding_layer|norm|blocks\.(\d+)(?:\.mlp|\.mlp\.l3|\.pre_norm|\.post_norm)?)"
 )
 _LAYER = re.compile(
-    r"(?:last|last_hidden_state|(?:\w+\.)*norm(?:_f)?"
-    r"|(?:\w+\.)*(?:layers|blocks)\.(\d+)|hidden_states\.(\d+)|-?(\d+))"
+    r"(?:last|last_hidden_state|(?:\w+\.)*(?:norm(?:_f)?|ln_f)"
+    r"|(?:\w+\.)*(?:layers?|blocks)\.(\d+)|hidden_states\.(\d+)|-?(\d+))"
 )
 
 
@@ -131,6 +157,8 @@ def find_checkpoint(model: str, name: str) -> Checkpoint:
     Raises:
         UserError: The family has no such checkpoint; the nearest is named.
     """
+    if model in FREE:
+        return ANY
     family = REGISTRY[model]
     short = plain_name(name)
     if short not in family:
@@ -145,6 +173,11 @@ def find_checkpoint(model: str, name: str) -> Checkpoint:
 def plain_name(name: str) -> str:
     """A checkpoint's name without the hub organisation."""
     return name.rsplit("/", 1)[-1]
+
+
+def unit_bp(token_unit: str) -> int | None:
+    """Base pairs a token, where all tokens have as many."""
+    return {"bp": 1, "6-mer": 6}.get(token_unit)
 
 
 def candidates(width: int) -> list[str]:
@@ -203,11 +236,11 @@ def check_layer(model: str, name: str, spec: Checkpoint, layer: str, *, where: s
         return
     match = (_EVO2_LAYER if model == "evo2" else _LAYER).fullmatch(layer)
     if match is None:
-        known = "'blocks.N', 'blocks.N.mlp.l3', 'norm'" if model == "evo2" else "'layers.N', 'last'"
+        known = ", ".join(f"'{known}'" for known in LAYER_NAMES[model])
         raise UserError(f"{where}: '{name}' has no layer '{layer}'; expected such as {known}.")
     number = next((int(group) for group in match.groups() if group is not None), 0)
     # Hidden states count the input embedding as 0; a bare number may follow either habit.
-    last = spec.n_layers - (1 if "layers." in layer or "blocks." in layer else 0)
+    last = spec.n_layers - (1 if re.search(r"(layers?|blocks)\.", layer) else 0)
     if number > last:
         raise UserError(
             f"{where}: layer '{layer}' does not exist in '{name}': it has {spec.n_layers} layers "
@@ -232,7 +265,7 @@ def check_tokens(
         UserError: Another unit; a length that a 6-mer tokenizer cannot cut evenly (it appends
             `<oov>` in silence); a length beyond the context; tokens that do not cover the length.
     """
-    if token_unit is not None and token_unit != spec.token_unit:
+    if token_unit is not None and spec.token_unit and token_unit != spec.token_unit:
         raise UserError(
             f"{where}: token_unit '{token_unit}', but '{name}' reads {spec.token_unit} tokens; "
             "correct provenance.json, or the checkpoint in it."
@@ -250,9 +283,9 @@ def check_tokens(
             f"{where}: length_bp={length_bp} is longer than the {spec.context_bp} bp that '{name}' "
             "reads: extract in chunks and declare n_chunks."
         )
-    unit_bp = {"bp": 1, "6-mer": 6}.get(spec.token_unit)
-    if n_tokens is not None and unit_bp is not None:
-        n_expected = -(-length_bp // unit_bp)
+    unit = unit_bp(spec.token_unit)
+    if n_tokens is not None and unit is not None:
+        n_expected = -(-length_bp // unit)
         if not n_expected <= n_tokens <= n_expected + 2:  # up to two special tokens
             raise UserError(
                 f"{where}: {n_tokens} tokens do not cover length_bp={length_bp} "

@@ -8,6 +8,8 @@ forward strand in the first d channels, and the reverse strand in the last d, fl
 in channels. Pooling over the length undoes the first flip; the second must be undone by hand.
 """
 
+from typing import Literal
+
 import numpy as np
 
 from brainfusion.runtime.errors import UserError
@@ -45,3 +47,37 @@ def average(forward: np.ndarray, reverse: np.ndarray) -> np.ndarray:
     GENERator sequence is trimmed to a multiple of 6 first and reversed second.
     """
     return np.float32(0.5) * (forward.astype(np.float32) + reverse.astype(np.float32))
+
+
+def both_strands(
+    sequence: str, *, unit_bp: int = 1, trim: Literal["left", "right"] = "left"
+) -> tuple[str, str]:
+    """A sequence cut to whole tokens, and the reverse complement of what was cut.
+
+    In this order: the 6-mers of a reverse complement are those of the sequence, reversed, only if
+    its length is a multiple of 6. Reversed first and cut second, another window is read in another
+    frame.
+
+    Args:
+        sequence: A, C, G, T, N in either case, which is kept: Evo 2's tokens are bytes.
+        unit_bp: Base pairs a token; 6 for GENERator and Nucleotide Transformer.
+        trim: The side on which the remainder is cut off (GENERator's README and variant script
+            cut on the left, its data collator on the right).
+
+    Raises:
+        UserError: Other letters, or nothing left.
+    """
+    if strange := sorted(set(sequence) - set("ACGTNacgtn")):
+        raise UserError(
+            f"a sequence with the letters {', '.join(strange[:4])}: expected A, C, G, T or N."
+        )
+    rest = len(sequence) % unit_bp
+    forward = sequence[rest:] if trim == "left" else sequence[: len(sequence) - rest]
+    if not forward:
+        raise UserError(
+            f"a sequence of {len(sequence)} bp is shorter than a token of {unit_bp}: leave it out."
+        )
+    return forward, forward.translate(_COMPLEMENT)[::-1]
+
+
+_COMPLEMENT = str.maketrans("ACGTNacgtn", "TGCANtgcan")

@@ -1,40 +1,37 @@
 """Embeddings as a long Parquet table: one row a person and gene.
 
-    eid | subject | subject_id      text (whole numbers are taken as they are)
-    gene | gene_id                  not needed where provenance says "level": "subject"
-    vector | embedding              list of floats
-    source_model | model_name       optional; rows of other models are left out, and counted
-    layer                           optional; one must be named where there are several
+    eid | subject | participant ...    text (whole numbers are taken as they are)
+    gene | gene_id | gene_name ...     not needed where provenance says "level": "subject"
+    vector | embedding                 list of floats
+    source_model | model_name          optional; rows of other models are left out, and counted
+    layer                              optional; one must be named where there are several
+    haplotype, strand                  optional; two words each
+    indel                              optional; whether the sequence carries one
+    length_bp                          optional; checked
+    device, reference_version ...      optional; several values are an alarm
 
 Shape legend: n people, w stored width, r rows.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainfusion.genetics.checks import text_ids
-from brainfusion.genetics.models import REGISTRY, plain_name
-from brainfusion.genetics.source import Source, choose_layer
-from brainfusion.runtime import logs
+from brainfusion.genetics.columns import ALIASES, RowVectors, renames, source_of_rows
+from brainfusion.genetics.layout import Wanted
+from brainfusion.genetics.source import COVARIATES, Source
 from brainfusion.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl
 
-ALIASES = {
-    "subject": ("subject", "eid", "subject_id"),
-    "gene": ("gene", "gene_id"),
-    "vector": ("vector", "embedding"),
-    "source_model": ("source_model", "model_name"),
-    "layer": ("layer",),
-}
+_BATCH_BYTES = 16 * 2**20
+_BUFFER_BYTES = 2**20
 
 
-def open_long(
-    files: list[Path], *, model: str, checkpoint: str, layer: str | None, level: str
-) -> Source:
+def open_long(files: list[Path], wanted: Wanted) -> Source:
     """Open a table, or the parts of one.
 
     Raises:
@@ -43,136 +40,144 @@ def open_long(
     """
     import polars as pl
 
-    where = files[0]
-    table = _read(files)
-    if "gene" not in table.columns:
-        if level != "subject":
-            raise UserError(
-                f'{where}: no gene column (gene or gene_id); declare "level": "subject" in '
-                "provenance.json if each person has one vector."
-            )
-        table = table.with_columns(gene=pl.lit("all"))
-    if "source_model" in table.columns:
-        table = _rows_of_model(table, model, checkpoint, where=where)
-    if "layer" in table.columns:
-        available = [str(value) for value in table["layer"].unique().sort().drop_nulls()]
-        layer = choose_layer(available, layer, where=where)
-        table = table.filter(table["layer"].cast(pl.String) == layer)
-    subject_ids, rows = _codes(table["subject"], what="subject", where=where)
-    gene_ids, columns = _codes(table["gene"], what="gene", where=where)
-    pairs = rows * len(gene_ids) + columns
-    if n_repeated := len(pairs) - len(np.unique(pairs)):
-        raise UserError(
-            f"{where}: {n_repeated} rows repeat a person and gene: one vector each is expected; "
-            "average a person's two haplotypes first."
-        )
-    vectors, present, dtype = _vectors(table["vector"], where=where)
-
-    def load(column: int) -> tuple[np.ndarray, str]:
-        wanted = np.flatnonzero((columns == column) & present)
-        values = np.full((len(subject_ids), vectors.shape[1]), np.nan, dtype=np.float32)
-        values[rows[wanted]] = vectors[position[wanted]]
-        return values, dtype
-
-    position = np.cumsum(present) - 1  # absent vectors have no row in `vectors`
-    return Source(subjects=subject_ids, genes=gene_ids, layer=layer, load=load)
+    tables = [_read_ids(file) for file in files]
+    for file, table in zip(files, tables, strict=True):
+        if table.schema != tables[0].schema:
+            raise UserError(f"{file}: columns or types differ from those of {files[0]}.")
+    column = _VectorColumn(files, [len(table) for table in tables])
+    vectors = RowVectors(
+        read=column.read, width=column.width, dtype=column.dtype, parts=column.starts
+    )
+    return source_of_rows(pl.concat(tables), vectors, wanted, where=files[0])
 
 
-def _read(files: list[Path]) -> "pl.DataFrame":
+def is_wide(file: Path) -> bool:
+    """Whether a Parquet file is a table of one number a column, and not of vectors."""
     import polars as pl
 
-    parts = []
-    for file in files:
+    try:
+        schema = pl.read_parquet_schema(file)
+    except (pl.exceptions.ComputeError, OSError):
+        return False  # said in the words of a long table
+    if any(name in schema for name in ALIASES["vector"]):
+        return False
+    n_numbers = sum(kind.is_numeric() for kind in schema.values())
+    return n_numbers >= 1 and not any(kind.is_nested() for kind in schema.values())
+
+
+def _read_ids(file: Path) -> "pl.DataFrame":
+    """All columns that are known but the vectors."""
+    import polars as pl
+
+    try:
+        columns = list(pl.read_parquet_schema(file))
+        renamed = renames(columns, where=file)
+        wanted = [column for column, name in renamed.items() if name != "vector"]
+        others = [column for column in COVARIATES if column in columns and column not in renamed]
+        return pl.read_parquet(file, columns=[*wanted, *others]).rename(
+            {column: renamed[column] for column in wanted}
+        )
+    except (pl.exceptions.ComputeError, OSError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise UserError(f"{file} cannot be read as Parquet ({text}): write it again.") from error
+
+
+# -- vectors ---------------------------------------------------------------------------------------
+
+
+class _VectorColumn:
+    """The vector column of a table's parts, read forward in batches."""
+
+    def __init__(self, files: list[Path], lengths: list[int]) -> None:
+        self._files = files
+        self.starts = tuple(int(start) for start in np.cumsum([0, *lengths]))
+        self.dtype = "float32"
+        self._batch_rows = 256
+        self.width = 0
+        for file in files:  # the first vector gives the width
+            for column in self._columns(file, range(self._open(file).num_row_groups)):
+                lengths_here = self._lengths(column)
+                if lengths_here.any():
+                    self.width = int(lengths_here[lengths_here > 0][0])
+                    break
+            if self.width:
+                break
+        else:
+            raise UserError(f"{files[0]}: no vector in any row.")
+        self._batch_rows = max(1, _BATCH_BYTES // (4 * self.width))
+
+    def read(self, start: int) -> Iterator[np.ndarray]:
+        """float32 pieces [., w] of the rows from `start` to the end, nan where absent."""
+        for file, first, stop in zip(self._files, self.starts, self.starts[1:], strict=False):
+            if stop <= start:
+                continue
+            metadata = self._open(file).metadata
+            row, groups = first, []
+            for group in range(metadata.num_row_groups):
+                n_rows = metadata.row_group(group).num_rows
+                if row + n_rows <= start and not groups:
+                    row += n_rows
+                    continue
+                groups.append(group)
+            for column in self._columns(file, groups):
+                n = len(column)
+                skipped = min(max(0, start - row), n)
+                row += n
+                if skipped < n:
+                    yield self._values(column, where=file)[skipped:]
+
+    def _open(self, file: Path) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
-            columns = list(pl.read_parquet_schema(file))
-            renamed = _renames(columns, where=file)
-            parts.append(pl.read_parquet(file, columns=list(renamed)).rename(renamed))
-        except (pl.exceptions.ComputeError, OSError) as error:
+            # Buffered: otherwise a row group's whole column is held, or stays mapped.
+            return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        except (pa.ArrowInvalid, OSError) as error:
             text = " ".join(str(error).split())[:120]
             raise UserError(
                 f"{file} cannot be read as Parquet ({text}): write it again."
             ) from error
-        if parts[-1].schema != parts[0].schema:
-            raise UserError(f"{file}: columns or types differ from those of {files[0]}.")
-    return pl.concat(parts)
 
+    def _columns(self, file: Path, groups: Any) -> Iterator[Any]:
+        import pyarrow as pa
 
-def _renames(columns: list[str], *, where: Path) -> dict[str, str]:
-    renamed = {}
-    for name, aliases in ALIASES.items():
-        found = [alias for alias in aliases if alias in columns]
-        if len(found) > 1:
-            raise UserError(f"{where}: columns {' and '.join(found)} mean the same: keep one.")
-        if found:
-            renamed[found[0]] = name
-        elif name in ("subject", "vector"):
-            raise UserError(
-                f"{where}: no {name} column; expected {' or '.join(aliases)}, found "
-                f"{', '.join(columns[:8])}."
-            )
-    return renamed
-
-
-def _rows_of_model(
-    table: "pl.DataFrame", model: str, checkpoint: str, *, where: Path
-) -> "pl.DataFrame":
-    found = [str(value) for value in table["source_model"].unique().sort()]
-    others = {name for family in REGISTRY.values() for name in family} - {plain_name(checkpoint)}
-
-    def is_ours(source: str) -> bool:
-        short = plain_name(source)
-        return short in (model, plain_name(checkpoint)) or (
-            short.lower().startswith(model) and short not in others
+        parquet = self._open(file)
+        name = next(c for c in parquet.schema_arrow.names if c in ALIASES["vector"])
+        kind = parquet.schema_arrow.field(name).type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        is_list = is_list or pa.types.is_fixed_size_list(kind)
+        inner = kind.value_type if is_list else None
+        if inner is None or not (pa.types.is_floating(inner) or pa.types.is_integer(inner)):
+            raise UserError(f"{file}: vectors are {kind}, expected a list of floats.")
+        if pa.types.is_floating(inner):
+            self.dtype = {"halffloat": "float16", "float": "float32"}.get(str(inner), "float64")
+        batches = parquet.iter_batches(
+            batch_size=self._batch_rows, row_groups=list(groups), columns=[name], use_threads=False
         )
+        for batch in batches:
+            yield batch.column(0)
 
-    ours = [source for source in found if is_ours(source)]
-    if len(ours) != 1:
-        problem = "no rows" if not ours else f"rows of {len(ours)} models ({', '.join(ours)})"
-        raise UserError(
-            f"{where}: {problem} of '{checkpoint}' by column source_model; it has "
-            f"{', '.join(found[:6])}. Declare the checkpoint by the name in the table."
-        )
-    kept = table.filter(table["source_model"] == ours[0])
-    if len(kept) < len(table):
-        logs.say(f"{where}: left out {len(table) - len(kept)} rows of other models than {ours[0]}")
-    return kept
+    def _lengths(self, column: Any) -> np.ndarray:
+        import pyarrow.compute as pc
 
+        lengths = pc.call_function("list_value_length", [column])
+        return pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False)
 
-def _codes(column: "pl.Series", *, what: str, where: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """The distinct ids in order of appearance, and each row's place among them [r]."""
-    import polars as pl
-
-    if column.dtype.is_float():
-        raise UserError(
-            f"{where}: {what} ids are {column.dtype}, which has lost leading zeros and joins with "
-            "nobody: read the ids as text where the table was made, and write it again."
-        )
-    if column.dtype not in (pl.String, pl.Categorical) and not column.dtype.is_integer():
-        raise UserError(f"{where}: {what} ids are {column.dtype}, expected text.")
-    names = column.cast(pl.String).unique(maintain_order=True)
-    ids = text_ids(names.to_list(), what=what, where=str(where))
-    place = pl.DataFrame({"name": list(ids), "place": np.arange(len(ids))})
-    codes = pl.DataFrame({"name": column.cast(pl.String)}).join(
-        place, on="name", how="left", maintain_order="left"
-    )
-    return ids, codes["place"].to_numpy()
+    def _values(self, column: Any, *, where: Path) -> np.ndarray:
+        lengths = self._lengths(column)
+        present = lengths > 0
+        if widths := sorted({int(length) for length in lengths[present]} - {self.width}):
+            raise UserError(f"{where}: vectors of several widths ({self.width}, {widths[0]}).")
+        values = np.full((len(column), self.width), np.nan, dtype=np.float32)
+        if not present.all():
+            column = column.filter(_arrow_mask(present))
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        values[present] = flat.reshape(-1, self.width)
+        return values
 
 
-def _vectors(column: "pl.Series", *, where: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """float32 [r with a vector, w], which of the rows have one, and the type as stored."""
-    import polars as pl
+def _arrow_mask(present: np.ndarray) -> Any:
+    import pyarrow as pa
 
-    if isinstance(column.dtype, pl.Array):
-        column = column.arr.to_list()
-    inner = column.dtype.inner if isinstance(column.dtype, pl.List) else None
-    if inner is None or not inner.is_numeric():  # type: ignore[union-attr]
-        raise UserError(f"{where}: vectors are {column.dtype}, expected a list of floats.")
-    lengths = column.list.len().fill_null(0).to_numpy()
-    present = lengths > 0
-    widths = np.unique(lengths[present])
-    if len(widths) != 1:
-        raise UserError(f"{where}: vectors of several widths ({', '.join(map(str, widths[:4]))}).")
-    dtype = str(inner).lower() if inner.is_float() else "float32"  # type: ignore[union-attr]
-    flat = column.filter(pl.Series(present)).explode().cast(pl.Float32)
-    values = flat.fill_null(float("nan")).to_numpy()
-    return values.reshape(-1, int(widths[0])), present, dtype
+    return pa.array(present)

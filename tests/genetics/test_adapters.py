@@ -127,7 +127,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("write", FORMS)
-@pytest.mark.parametrize("model", genetics.ADAPTERS)
+@pytest.mark.parametrize("model", SIMULATED)
 def test_every_adapter_reads_every_container_exactly(tmp_path, vectors, model, write):
     folder = declare(tmp_path / model, model, layer="blocks.26")
     write(folder, vectors)
@@ -468,6 +468,9 @@ def test_arguments_that_contradict_provenance_are_refused(tmp_path, vectors):
     _npz(folder, vectors)
     with pytest.raises(UserError, match="says strands 'fwd_only', but 'averaged' is asked for"):
         genetics.read("generator", folder, strands="averaged")
+    declare(folder, "generator", trim_left=3)
+    with pytest.raises(UserError, match="says trim_left '3', but '15' is asked for"):
+        genetics.read("generator", folder, declare={"trim_left": 15})
 
 
 def test_unknown_provenance_keys_are_kept(tmp_path, vectors):
@@ -493,7 +496,7 @@ def test_rows_without_ids_or_with_too_few_are_refused(tmp_path, vectors):
     with pytest.raises(UserError, match=r"12 rows .* for 11 subject ids"):
         genetics.read("evo2", folder)
     (folder / "subjects.txt").write_text("\n".join((*SUBJECTS[:-1], SUBJECTS[0])))
-    with pytest.raises(UserError, match=r"1 duplicate subject ids \(0000\)"):
+    with pytest.raises(UserError, match=r"1 duplicate subject ids \(row 12\)"):
         genetics.read("evo2", folder)
 
 

@@ -3,13 +3,16 @@ import pytest
 import torch
 
 from brainfusion.genetics.checks import (
-    clean,
-    coarsest,
-    describe,
     find_alarms,
-    resolution,
-    text_ids,
+    indel_alarms,
+    mixture_alarms,
+    padding_alarms,
+    to_bfloat16,
+    to_float16,
+    variance_kept,
 )
+from brainfusion.genetics.ids import text_ids
+from brainfusion.genetics.statistics import clean, coarsest, describe, resolution
 from brainfusion.runtime.errors import UserError
 
 
@@ -28,7 +31,7 @@ def alarms_of(vectors: np.ndarray, **options):
     vectors = vectors.copy()
     mask = clean(vectors)
     figures = describe(vectors, mask, stored=resolution(vectors))
-    found = find_alarms([figures], mask[:, None], where="x.pt", **options)
+    found = find_alarms([figures], mask.astype(int), where="x.pt", **options)
     return {alarm.name: alarm for alarm in found}
 
 
@@ -101,7 +104,7 @@ def test_genes_without_variation_are_counted():
     varying, flat = people(n=30), np.repeat(people(n=1), 30, axis=0)
     mask = np.ones(30, dtype=bool)
     figures = [describe(v, mask, stored="float32") for v in (varying, flat, varying, flat)]
-    (alarm,) = find_alarms(figures, np.ones((30, 4), dtype=bool), where="x")
+    (alarm,) = find_alarms(figures, np.full(30, 4), where="x")
     assert (alarm.name, alarm.figure) == ("constant genes", 0.5)
 
 
@@ -147,7 +150,10 @@ def test_ids_stay_text_with_their_leading_zeros():
     [
         (["1000234.0", "1000235.0"], "2 subject ids end in '.0'.*Read the id column as text"),
         (np.array([1.0, 2.0]), "lost leading zeros"),
-        (["a", "b", "a", "c", "c", "d", "d", "e", "e"], r"4 duplicate.*\(a, c, d \.\.\.\)"),
+        (
+            ["a", "b", "a", "c", "c", "d", "d", "e", "e"],
+            r"4 duplicate.*\(row 3, row 5, row 7 \.\.\.\)",
+        ),
         (["a", None], "must be text"),
         (["a", ""], "1 subject ids are empty"),
         (["a", "b "], "space"),
@@ -167,3 +173,118 @@ def test_genes_are_in_one_namespace_without_versions():
         text_ids(["OXT", "ENSG00000101200"], what="gene", where="x")
     with pytest.raises(UserError, match="versions"):
         text_ids(["ENSG00000101405.4"], what="gene", where="x")
+
+
+# -- what storage keeps ----------------------------------------------------------------------------
+
+
+def haplotype_people(ratio: float, *, n: int = 300, width: int = 512, seed: int = 0) -> np.ndarray:
+    """People who differ by some dozens of alleles, each column by its own share of its mean."""
+    rng = np.random.default_rng(seed)
+    mean = rng.normal(size=width)
+    alleles = rng.binomial(1, 0.2, size=(n, 50)) @ rng.normal(size=(50, width))
+    alleles = (alleles - alleles.mean(axis=0)) / alleles.std(axis=0)
+    share = ratio * np.exp(rng.normal(size=width))  # the median column differs by `ratio`
+    return (mean * (1 + share * alleles)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bfloat16", "float16"), [(1e-3, 0.45, 0.93), (6e-4, 0.27, 0.83), (3.3e-4, 0.17, 0.69)]
+)
+def test_variance_kept_agrees_with_what_real_haplotypes_kept(ratio, bfloat16, float16):
+    kept = variance_kept(haplotype_people(ratio))
+    # 300 people of the 1000 Genomes at one locus; columns here are drawn, so within 0.06
+    assert kept["bfloat16"] == pytest.approx(bfloat16, abs=0.06)
+    assert kept["float16"] == pytest.approx(float16, abs=0.06)
+    assert kept["centred bfloat16"] > 0.999
+    assert kept["centred float16"] > 0.999
+    assert kept["float32"] == 1.0
+
+
+def test_variance_kept_is_the_mean_over_genes_and_leaves_out_absent_vectors():
+    fine, coarse = haplotype_people(1e-2), haplotype_people(3e-4)
+    both = np.stack([fine, coarse], axis=1)
+    mask = np.ones((300, 2), dtype=bool)
+    mask[:50, 0] = False
+    both[:50, 0] = 0.0
+    expected = [variance_kept(fine[50:])["float16"], variance_kept(coarse)["float16"]]
+    assert variance_kept(both, mask)["float16"] == pytest.approx(np.mean(expected), rel=1e-12)
+    flat = np.ones((10, 4), dtype=np.float32)
+    assert np.isnan(variance_kept(flat)["bfloat16"])
+
+
+def test_variance_kept_of_what_rounds_away_is_zero():
+    vectors = (1 + 1e-5 * np.random.default_rng(0).normal(size=(50, 8))).astype(np.float32)
+    kept = variance_kept(vectors)
+    assert kept["bfloat16"] == 0.0
+    assert kept["centred bfloat16"] > 0.999
+
+
+def test_rounding_is_that_of_torch():
+    values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
+    values[:4] = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8]  # ties
+    np.testing.assert_array_equal(to_bfloat16(values), rounded(values, torch.bfloat16))
+    np.testing.assert_array_equal(to_float16(values), rounded(values, torch.float16))
+
+
+# -- what was mixed --------------------------------------------------------------------------------
+
+
+def test_several_devices_in_one_table_are_an_alarm_with_the_share_of_the_smaller():
+    alarms = mixture_alarms({"device": {"H100": 75, "L40S": 25}, "version": {"0.6.0": 100}})
+    (alarm,) = alarms
+    assert (alarm.name, alarm.figure) == ("mixed device", 0.25)
+    assert "H100 75%, L40S 25%" in alarm.finding
+
+
+def test_indel_carriers_are_an_alarm_for_6_mers_only():
+    assert indel_alarms(0.1, unit_bp=1) == []
+    assert indel_alarms(0.0, unit_bp=6) == []
+    assert indel_alarms(None, unit_bp=6) == []
+    (alarm,) = indel_alarms(0.1, unit_bp=6)
+    assert alarm.figure == 0.1
+    assert "single-base variants only" in alarm.cure
+
+
+def test_padding_is_an_alarm_where_the_model_has_no_mask():
+    assert padding_alarms(0.5, model="evo2") == []
+    (alarm,) = padding_alarms(0.5, model="caduceus")
+    assert alarm.figure == 0.5
+
+
+def test_many_people_with_the_same_vectors_are_an_alarm():
+    vectors = people(n=40)
+    assert "repeated people" not in alarms_of(vectors, n_twins=10)
+    alarm = alarms_of(vectors, n_twins=11)["repeated people"]
+    assert alarm.figure == pytest.approx(11 / 40)
+
+
+def test_the_instance_of_a_visit_is_taken_off_ids_and_said(capsys):
+    ids = text_ids(["1000234-2.0", "0001235-2.0"], what="subject", where="x")
+    assert ids == ("1000234", "0001235")
+    said = capsys.readouterr().err
+    assert "took the instance (such as '-2.0') off 2 of 2 subject ids" in said
+    assert "1000234" not in said
+    with pytest.raises(UserError, match="1 duplicate"):
+        text_ids(["1000234-2.0", "1000234-3.0"], what="subject", where="x")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["HGNC:8528", "OXT"], "HGNC's numbers, the others are not"),
+        (["5020", "OXT"], "Entrez numbers, the others are not"),
+        (["OXT", "oxt"], "only in upper and lower case"),
+        (["OXT", "OXT"], r"1 duplicate gene ids \(OXT\)"),
+    ],
+)
+def test_gene_ids_of_several_namespaces_are_refused(ids, message):
+    with pytest.raises(UserError, match=message):
+        text_ids(ids, what="gene", where="x")
+
+
+def test_ids_of_people_are_in_no_error():
+    for ids in (["12345", "12345"], ["12345.0"], ["-12345"], ["1.2345e+04"], ["12345 "]):
+        with pytest.raises(UserError) as info:
+            text_ids(ids, what="subject", where="x")
+        assert "2345" not in str(info.value)

@@ -11,6 +11,7 @@ from brainfusion.runtime.errors import UserError
 
 SUBJECTS = ("007", "7", "sub-01", "0012", "x")
 GENES = ("AVP", "OXT", "PDYN")
+STORAGES = ("float32", "centred-float16", "dictionary")
 
 
 @pytest.fixture
@@ -98,15 +99,18 @@ def test_store_round_trip_is_exact(tmp_path, features):
     assert back.alarms == features.alarms
 
 
-def test_store_vectors_are_mapped_and_read_only(tmp_path, features):
-    write_store(tmp_path / "evo2", features)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_store_vectors_are_mapped_and_read_only(tmp_path, features, storage):
+    write_store(tmp_path / "evo2", features, storage=storage)
+    before = {file: file.read_bytes() for file in (tmp_path / "evo2").iterdir()}
     back = open_store(tmp_path / "evo2")
-    assert isinstance(back.vectors, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         back.vectors[0, 0, 0] = 1.0
     with pytest.raises(ValueError, match="read-only"):
         back.mask[0, 0] = False
-    back.concatenated()[:] = 0.0  # a copy
+    for copy in (back.concatenated(), back.rows([0, 1]), back.pooled([0]), back.vectors[2]):
+        copy[:] = 0.0
+    assert {file: file.read_bytes() for file in (tmp_path / "evo2").iterdir()} == before
 
 
 def test_read_takes_a_store_and_repeats_its_alarms(tmp_path, features, capsys):
@@ -144,9 +148,10 @@ def test_a_failed_write_leaves_the_old_store_and_no_debris(tmp_path, features, m
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        write_store(tmp_path / "evo2", features.select(["x", "7"]))
+    with monkeypatch.context() as broken:
+        broken.setattr(np.lib.format, "open_memmap", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            write_store(tmp_path / "evo2", features.select(["x", "7"]))
     assert [p.name for p in tmp_path.iterdir()] == ["evo2"]
     assert open_store(tmp_path / "evo2", verify=True).subjects == SUBJECTS
 
@@ -190,8 +195,28 @@ def test_changed_numbers_are_found_by_verifying_and_changed_ids_at_once(tmp_path
 def test_a_store_of_a_later_format_is_refused(tmp_path, features):
     write_store(tmp_path / "evo2", features)
     file = tmp_path / "evo2" / "meta.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
-    with pytest.raises(UserError, match="format 2, but this version reads format 1"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 3}))
+    with pytest.raises(UserError, match=r"format 3.* but this version reads formats 1 to 2"):
+        open_store(tmp_path / "evo2")
+
+
+def test_a_store_of_format_1_is_still_read(tmp_path, features):
+    write_store(tmp_path / "evo2", features)
+    file = tmp_path / "evo2" / "meta.json"
+    meta = json.loads(file.read_text())
+    for key in ("storage", "haplotypes", "provenance_hash", "source"):
+        del meta[key]
+    file.write_text(json.dumps({**meta, "format": 1}))
+    np.testing.assert_array_equal(open_store(tmp_path / "evo2").vectors, features.vectors)
+
+
+def test_provenance_that_was_changed_by_hand_is_refused(tmp_path, features):
+    write_store(tmp_path / "evo2", features)
+    file = tmp_path / "evo2" / "meta.json"
+    meta = json.loads(file.read_text())
+    meta["provenance"]["layer"] = "blocks.20"
+    file.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="the provenance is not what was written"):
         open_store(tmp_path / "evo2")
 
 
