@@ -10,16 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from brainfusion.alignment.conditioning import Conditioner, design_matrix
+    from brainfusion.alignment.config import AlignConfig
+    from brainfusion.alignment.gene_conditioning import GeneConditioner
+    from brainfusion.alignment.gene_vectors import GeneArray, GeneVectors
+    from brainfusion.alignment.genes import GeneTower
     from brainfusion.alignment.losses import info_nce, open_clip_losses
-    from brainfusion.alignment.model import Alignment, AlignmentModel, load
+    from brainfusion.alignment.model import Alignment, AlignmentModel, GeneWeights, load
     from brainfusion.alignment.projector import Projector
-    from brainfusion.alignment.train import AlignConfig, TrainResult, train
+    from brainfusion.alignment.train import TrainResult, train
 
 _HOMES = {
-    "AlignConfig": "train",
+    "AlignConfig": "config",
     "Alignment": "model",
     "AlignmentModel": "model",
     "Conditioner": "conditioning",
+    "GeneArray": "gene_vectors",
+    "GeneConditioner": "gene_conditioning",
+    "GeneTower": "genes",
+    "GeneVectors": "gene_vectors",
+    "GeneWeights": "model",
     "Projector": "projector",
     "TrainResult": "train",
     "design_matrix": "conditioning",
@@ -34,6 +43,11 @@ __all__ = [
     "Alignment",
     "AlignmentModel",
     "Conditioner",
+    "GeneArray",
+    "GeneConditioner",
+    "GeneTower",
+    "GeneVectors",
+    "GeneWeights",
     "Projector",
     "TrainResult",
     "design_matrix",

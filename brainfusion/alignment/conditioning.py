@@ -73,12 +73,10 @@ class Conditioner:
         x = np.asarray(features, dtype=np.float64)
         if len(x) < 4:
             raise UserError(f"{len(x)} people to fit on: expected at least 4.")
-        mean, scale = x.mean(0), x.std(0)
-        # A constant column's standard deviation is rounding error of its mean, not 0.
-        kept = np.flatnonzero(scale > _SMALLEST * np.maximum(np.abs(mean), np.finfo(float).tiny))
+        kept = np.flatnonzero(~constant_columns(x))
         if not len(kept):
             raise UserError(f"all {x.shape[1]} columns are constant: expected features that vary.")
-        mean, scale = mean[kept], scale[kept]
+        mean, scale = x[:, kept].mean(0), x[:, kept].std(0)
         x = (x[:, kept] - mean) / scale
         design = np.zeros((len(x), 0)) if covariates is None else np.asarray(covariates, float)
         covariate_mean = design.mean(0)
@@ -88,7 +86,7 @@ class Conditioner:
         rotation, explained = None, 1.0
         if n_components:
             limit = min(n_components, len(x) // 2, x.shape[1])
-            rotation, explained = _principal_axes(x, limit, shrinkage=shrinkage if whiten else None)
+            rotation, explained = principal_axes(x, limit, shrinkage=shrinkage if whiten else None)
         names = tuple(covariate_names) or tuple(str(i) for i in range(design.shape[1]))
         if len(names) != design.shape[1]:
             raise UserError(f"{len(names)} names for {design.shape[1]} covariates.")
@@ -164,10 +162,26 @@ class Conditioner:
         return cls(**{**scalars, "covariates": tuple(scalars["covariates"])}, **values["arrays"])
 
 
-def _principal_axes(
+def constant_columns(x: np.ndarray) -> np.ndarray:
+    """Which columns of x [n, d] do not vary, bool [d]."""
+    x = np.asarray(x, dtype=np.float64)
+    # A constant column's standard deviation is rounding error of its mean, not 0.
+    return x.std(0) <= _SMALLEST * np.maximum(np.abs(x.mean(0)), np.finfo(float).tiny)
+
+
+def principal_axes(
     x: np.ndarray, limit: int, *, shrinkage: float | None
 ) -> tuple[np.ndarray, float]:
-    """Leading axes [d, k] of centred x [n, d], from the smaller of its two Gram matrices."""
+    """Leading axes of centred rows, and the share of the variance that they hold.
+
+    Args:
+        x: float64 [n, d], centred.
+        limit: Axes at most.
+        shrinkage: Whiten, holding back small variances as for `Conditioner.fit`; none: do not.
+
+    Returns:
+        [d, k], from the smaller of the two Gram matrices, and the share.
+    """
     n, d = x.shape
     values, vectors = np.linalg.eigh(x.T @ x if d <= n else x @ x.T)
     values, vectors = values[::-1][:limit], vectors[:, ::-1][:, :limit]

@@ -15,8 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from brainfusion.alignment.conditioning import Conditioner
-from brainfusion.alignment.losses import LossName, contrastive_loss
-from brainfusion.alignment.model import Alignment, AlignmentModel
+from brainfusion.alignment.config import AlignConfig
+from brainfusion.alignment.gene_conditioning import GeneConditioner
+from brainfusion.alignment.gene_vectors import GeneVectors
+from brainfusion.alignment.losses import contrastive_loss
+from brainfusion.alignment.model import Alignment, AlignmentModel, Inputs, n_people, take
+from brainfusion.alignment.prepare import check, conditioned, fit_conditioners, make_model
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks, barrier, mean_over_ranks
 from brainfusion.runtime.errors import UserError
@@ -24,80 +28,8 @@ from brainfusion.runtime.files import check_writable, write_json
 from brainfusion.runtime.logs import MetricsLog, Progress, say
 from brainfusion.runtime.schedules import warmup_cosine
 
-SPLITS = ("train", "validation", "test")
 _NO_SIGNAL = 0.99
 """A loss that never left this share of log N has told no pair from another."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AlignConfig:
-    """Settings of an alignment; the defaults suit some hundred to some thousand people."""
-
-    # -- features ----------------------------------------------------------------------------
-    n_components: int = 128
-    """Principal components of each modality, at most half the training people; 0 for none."""
-    whiten: bool = True
-    """Scale the components to about unit variance."""
-    shrinkage: float = 0.3
-    """How much components of small variance are held back in whitening; 0 is none."""
-    residualise: tuple[str, ...] = ()
-    """Columns of the subjects table to regress out of both modalities (age, sex, site, ...)."""
-
-    # -- projectors --------------------------------------------------------------------------
-    dim_hidden: int = 1024
-    """Width of the hidden layer."""
-    dim_out: int = 512
-    """Width of the shared space."""
-    dropout: float = 0.1
-    """Share of hidden units dropped in training."""
-
-    # -- objective ---------------------------------------------------------------------------
-    loss: LossName = "info_nce"
-    """Ours, or open_clip's ClipLoss (clip) or SigLipLoss (siglip)."""
-    init_scale: float = 1.0
-    """Logit scale to start from; CLIP starts from 14.3, where some hundred people overfit."""
-    min_scale: float = 1.0
-    """Least logit scale."""
-    max_scale: float = 100.0
-    """Greatest logit scale."""
-    init_bias: float = -10.0
-    """Logit bias to start from; for siglip only."""
-
-    # -- optimisation ------------------------------------------------------------------------
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 1.0
-    """Weight decay of the matrices; biases, norms and the logit scale have none."""
-    max_steps: int = 100
-    """Steps at most."""
-    warmup_steps: int = 10
-    """Steps in which the learning rate rises to its peak."""
-    eval_every: int = 5
-    """Steps between looks at the validation people."""
-    patience: int = 6
-    """Looks without a better validation AUC after which training stops."""
-    batch_size: int = 0
-    """Pairs in a batch, over all processes; 0 is all training people at once."""
-    seed: int = 0
-    """Of weights, batches and dropout."""
-
-    def __post_init__(self) -> None:
-        positive = ("dim_hidden", "dim_out", "max_steps", "eval_every", "patience", "lr")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)}: expected more than 0.")
-        for name in ("n_components", "warmup_steps", "weight_decay", "shrinkage", "batch_size"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: expected 0 or more.")
-        if self.batch_size == 1:
-            raise UserError("batch_size=1: one pair has nothing to be told from; use 2 or more.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout}: expected at least 0 and less than 1.")
-        if not 0 < self.min_scale <= self.init_scale <= self.max_scale:
-            raise UserError(
-                f"min_scale={self.min_scale}, init_scale={self.init_scale}, max_scale="
-                f"{self.max_scale}: expected them positive and in this order."
-            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +42,7 @@ class TrainResult:
 
 
 def train(
-    features: Mapping[str, np.ndarray],
+    features: Mapping[str, np.ndarray | GeneVectors],
     labels: Sequence[str],
     *,
     config: AlignConfig,
@@ -126,7 +58,7 @@ def train(
     the loss is that of the whole batch. Nothing is fitted on validation or test people.
 
     Args:
-        features: [n, d] a modality, row-paired; usually called "brain" and "dna".
+        features: [n, d] or gene vectors a modality, row-paired; usually called "brain" and "dna".
         labels: "train", "validation" or "test", a row; test rows are not looked at.
         config: The settings.
         run_dir: Gets config.yaml, metrics.jsonl, summary.json and model/.
@@ -143,26 +75,25 @@ def train(
             `config.residualise`, or a loss that is not finite.
     """
     ranks = ranks or Ranks()
-    rows = _check(features, labels, config, covariates)
+    rows = check(features, labels, config, covariates)
     if ranks.is_main:
         check_writable(run_dir)
         configs.save(run_dir / "config.yaml", config)
     with torch.random.fork_rng(devices=[]):
         # -- data ----------------------------------------------------------------------------
-        conditioners = _fit(features, rows["train"], config, covariates, covariate_names, ranks)
-        inputs = {
-            name: torch.from_numpy(
-                c.transform(features[name], covariates if c.covariates else None)
-            )
-            for name, c in conditioners.items()
-        }
+        conditioners = fit_conditioners(
+            features, rows["train"], config, covariates, covariate_names, ranks
+        )
         training, validation = (
-            {name: x[rows[split]].to(ranks.device) for name, x in inputs.items()}
+            {
+                name: conditioned(c, features[name], rows[split], covariates).to(ranks.device)
+                for name, c in conditioners.items()
+            }
             for split in ("train", "validation")
         )
         # -- model ---------------------------------------------------------------------------
         torch.manual_seed(config.seed)
-        model = _model(config, conditioners).to(ranks.device)
+        model = make_model(config, conditioners).to(ranks.device)
         log = MetricsLog(run_dir / "metrics.jsonl", active=ranks.is_main)
         try:
             outcome = _optimise(model, training, validation, config, ranks, log)
@@ -182,98 +113,7 @@ def train(
     return TrainResult(alignment=alignment, summary=summary, run_dir=run_dir)
 
 
-# -- preparation ---------------------------------------------------------------------------------
-
-
-def _check(
-    features: Mapping[str, np.ndarray],
-    labels: Sequence[str],
-    config: AlignConfig,
-    covariates: np.ndarray | None,
-) -> dict[str, np.ndarray]:
-    """Rows of each split, once everything is known to fit."""
-    if len(features) != 2:
-        raise UserError(f"{len(features)} modalities: expected two, such as 'brain' and 'dna'.")
-    for name, x in features.items():
-        if not name.isidentifier():
-            raise UserError(f"modality '{name}': expected letters, digits and _ only.")
-        if x.ndim != 2 or len(x) != len(labels):
-            raise UserError(
-                f"'{name}' features have shape {x.shape}: expected one row for each of the "
-                f"{len(labels)} labels, in the same order."
-            )
-        if bad := int((~np.isfinite(x).all(axis=1)).sum()):
-            raise UserError(
-                f"'{name}' features hold NaN or infinite values in {bad} of {len(x)} rows: "
-                "make them again, or leave these people out."
-            )
-    if strange := sorted(set(labels) - set(SPLITS)):
-        raise UserError(f"label '{strange[0]}': expected one of {', '.join(SPLITS)}.")
-    rows = {split: np.flatnonzero(np.asarray(labels) == split) for split in SPLITS}
-    for split, least in (("train", 8), ("validation", 4)):
-        if len(rows[split]) < least:
-            raise UserError(
-                f"{len(rows[split])} {split} people with both modalities: expected at least "
-                f"{least}. Check that both were made from the same cohort."
-            )
-    if bool(config.residualise) != (covariates is not None):
-        raise UserError(
-            "residualise names columns but no covariates were given, or the reverse: make them "
-            "with design_matrix(subjects, config.residualise)."
-        )
-    if covariates is not None and len(covariates) != len(labels):
-        raise UserError(
-            f"covariates have {len(covariates)} rows: expected {len(labels)}, one a person."
-        )
-    return rows
-
-
-def _fit(
-    features: Mapping[str, np.ndarray],
-    rows: np.ndarray,
-    config: AlignConfig,
-    covariates: np.ndarray | None,
-    covariate_names: Sequence[str],
-    ranks: Ranks,
-) -> dict[str, Conditioner]:
-    fitted: list[dict[str, Conditioner] | None] = [None]
-    if ranks.is_main:
-        fitted = [
-            {
-                name: Conditioner.fit(
-                    x[rows],
-                    n_components=config.n_components,
-                    whiten=config.whiten,
-                    shrinkage=config.shrinkage,
-                    covariates=None if covariates is None else covariates[rows],
-                    covariate_names=covariate_names,
-                )
-                for name, x in features.items()
-            }
-        ]
-    if ranks.world_size > 1:
-        # Two machines may round differently: all ranks use the axes that one of them found.
-        dist.broadcast_object_list(fitted, src=0, device=ranks.device)
-    assert fitted[0] is not None
-    if ranks.is_main:
-        for name, conditioner in fitted[0].items():
-            if conditioner.n_dropped:
-                n, d = conditioner.n_dropped, conditioner.dim_in
-                say(f"{name}: {n} of {d} columns do not vary among training people: left out.")
-    return fitted[0]
-
-
-def _model(config: AlignConfig, conditioners: Mapping[str, Conditioner]) -> AlignmentModel:
-    return AlignmentModel(
-        {name: conditioner.dim_out for name, conditioner in conditioners.items()},
-        dim_out=config.dim_out,
-        dim_hidden=config.dim_hidden,
-        dropout=config.dropout,
-        init_scale=config.init_scale,
-        min_scale=config.min_scale,
-        max_scale=config.max_scale,
-        init_bias=config.init_bias if config.loss == "siglip" else None,
-    )
+# -- batches ------------------------------------------------------------------------------------
 
 
 def batch_rows(n_train: int, step: int, config: AlignConfig, ranks: Ranks) -> np.ndarray:
@@ -301,15 +141,15 @@ def batch_rows(n_train: int, step: int, config: AlignConfig, ranks: Ranks) -> np
 
 def _optimise(
     model: AlignmentModel,
-    training: dict[str, Tensor],
-    validation: dict[str, Tensor],
+    training: dict[str, Inputs],
+    validation: dict[str, Inputs],
     config: AlignConfig,
     ranks: Ranks,
     log: MetricsLog,
 ) -> dict[str, Any]:
     """Train `model` in place and leave it with its best weights."""
     first, second = training
-    n_train = len(training[first])
+    n_train = n_people(training[first])
     n_batch = min(config.batch_size or n_train, n_train)
     loss_of = contrastive_loss(config.loss)
     optimizer = _optimizer(model, config)
@@ -325,12 +165,12 @@ def _optimise(
             n_steps=config.max_steps + 1,
         )  # fmt: skip
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["relative_lr"]
         rows = batch_rows(n_train, step, config, ranks)
         # Dropout is a function of seed, step and rank, like the batch.
         torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)
         model.train()
-        a, b = (model.embed(name, training[name][rows]) for name in (first, second))
+        a, b = (model.embed(name, take(training[name], rows)) for name in (first, second))
         loss = loss_of(a, b, model.logit_scale, model.logit_bias)
         optimizer.zero_grad()
         loss.backward()
@@ -367,16 +207,18 @@ def _optimise(
 
 
 def _optimizer(model: AlignmentModel, config: AlignConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(0.9, 0.98),
-    )
+    # The logits of genes have a long way to go in few steps, and nothing to be decayed to but the
+    # even attention that they start from: early stopping holds them.
+    names = ("logits", "query")
+    attention = [p for n, p in model.towers.named_parameters() if n.rsplit(".", 1)[-1] in names]
+    rest = [p for p in model.parameters() if not any(p is a for a in attention)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": attention, "weight_decay": 0.0, "relative_lr": config.attention_lr / config.lr},
+    ]
+    groups = [{"relative_lr": 1.0, **group} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
 
 
 def average_gradients(model: torch.nn.Module, world_size: int) -> None:
@@ -392,7 +234,7 @@ def average_gradients(model: torch.nn.Module, world_size: int) -> None:
 
 
 @torch.no_grad()
-def _look(model: AlignmentModel, validation: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
+def _look(model: AlignmentModel, validation: dict[str, Inputs], ranks: Ranks) -> dict[str, float]:
     """Validation AUC and effective rank, as rank 0 finds them: all ranks must stop together."""
     model.eval()
     values = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -444,7 +286,7 @@ def effective_rank(rows: Tensor) -> float:
 def _summary(
     outcome: dict[str, Any],
     rows: Mapping[str, np.ndarray],
-    conditioners: Mapping[str, Conditioner],
+    conditioners: Mapping[str, Conditioner | GeneConditioner],
     config: AlignConfig,
     ranks: Ranks,
 ) -> dict[str, Any]:
@@ -474,6 +316,16 @@ def _summary(
                 "variance_kept": c.explained,
             }
             for name, c in conditioners.items()
+        },
+        **{
+            f"{name}_genes": {
+                "pool": config.dna_pool,
+                "models": list(c.models),
+                "given": len(c.genes),
+                "used": len(c.used),
+            }
+            for name, c in conditioners.items()
+            if isinstance(c, GeneConditioner)
         },
         "residualised_on": list(next(iter(conditioners.values())).covariates),
     }

@@ -12,7 +12,7 @@ import polars as pl
 import tyro
 
 from brainfusion.cli.options import at_least, parse
-from brainfusion.cli.pairs import connectomes, load_pairs
+from brainfusion.cli.pairs import connectomes, dna_models, dna_name, load_pairs
 from brainfusion.cli.retrieve import ensure_alignment
 from brainfusion.cli.scoring import read_embeddings
 from brainfusion.cli.workspace import Place, Workspace
@@ -31,8 +31,8 @@ class ProbeOptions:
 
     brain: str = "brainjepa"
     """Brain features to probe."""
-    dna: str = "evo2"
-    """DNA embeddings to probe."""
+    dna: tuple[str, ...] = ("evo2",)
+    """DNA embeddings to probe: one model or several."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
     targets: tuple[str, ...] = ()
     """Columns of subjects.parquet to predict; all phenotypes, age and sex by default."""
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     """Probe the people on whom the alignment was not trained."""
     options = parse(ProbeOptions, argv, prog="brainfusion probe", description=__doc__ or "")
     workspace = Workspace.of(options.place)
-    run_dir = ensure_alignment(workspace, options.brain, options.dna)
+    run_dir = ensure_alignment(workspace, options.brain, dna_models(options.dna))
     cohort = workspace.open_cohort()
     targets = _targets(options, cohort.subjects)
     table = _probe(options, workspace, cohort, run_dir, targets)
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
 def _probe(
     options: ProbeOptions, workspace: Workspace, cohort: Cohort, run_dir: Path, targets: list[str]
 ) -> pl.DataFrame:
-    pairs = load_pairs(workspace, cohort, brain=options.brain, dna=options.dna)
+    dna = dna_models(options.dna)
+    pairs = load_pairs(workspace, cohort, brain=options.brain, dna=dna)
     held_out = np.array([label != "train" for label in pairs.labels])
     subjects = [s for s, kept in zip(pairs.subjects, held_out, strict=True) if kept]
     say(
@@ -81,7 +82,7 @@ def _probe(
     features = {
         f"{options.brain} features": pairs.brain[held_out],
         "connectome": connectomes(cohort, pairs)[held_out],
-        f"{options.dna} vectors": pairs.dna[held_out],
+        f"{dna_name(dna)} vectors": pairs.dna[held_out],
         "brain embedding": read_embeddings(run_dir, "brain").select(subjects),
         "DNA embedding": read_embeddings(run_dir, "dna").select(subjects),
     }

@@ -4,6 +4,7 @@ Writes <workspace>/results.json and report.html (one file, no network) from what
 retrieve and probe have left there, and prints what was found in a few sentences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import tyro
 
 from brainfusion import __version__
 from brainfusion.cli.options import parse
+from brainfusion.cli.pairs import dna_models, dna_name
 from brainfusion.cli.workspace import Place, Workspace
 from brainfusion.runtime import config
 from brainfusion.runtime.errors import UserError
@@ -26,8 +28,8 @@ class ReportOptions:
 
     brain: str = "brainjepa"
     """Brain features of the alignment to report."""
-    dna: str = "evo2"
-    """DNA embeddings of the alignment to report."""
+    dna: tuple[str, ...] = ("evo2",)
+    """DNA embeddings of the alignment to report: one model or several."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
 
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     options = parse(ReportOptions, argv, prog="brainfusion report", description=__doc__ or "")
     workspace = Workspace.of(options.place)
-    results = gather(workspace, options.brain, options.dna)
+    results = gather(workspace, options.brain, dna_models(options.dna))
     write_json(workspace.root / "results.json", results)
     page = write_report(workspace.root)
     print("\n".join(verdict(results)))
@@ -46,23 +48,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def gather(workspace: Workspace, brain: str, dna: str) -> dict[str, Any]:
+def gather(workspace: Workspace, brain: str, dna: Sequence[str]) -> dict[str, Any]:
     """All numbers of a workspace, as docs/formats.md lays them out; the demo's are made if need be.
 
     Raises:
         UserError: There is no alignment to report.
     """
-    run_dir = workspace.align_dir(brain, dna)
+    run_dir = workspace.align_dir(brain, dna_name(dna))
     if not (run_dir / "retrieval.json").exists():
         from brainfusion.cli import retrieve
 
-        flags = ["--brain", brain, "--dna", dna, *workspace.options()]
+        flags = ["--brain", brain, "--dna", *dna, *workspace.options()]
         if not workspace.demo:
             raise UserError(
                 f"{run_dir / 'retrieval.json'} does not exist: run 'brainfusion retrieve "
                 f"{' '.join(flags)}' first."
             )
-        say(f"{run_dir / 'retrieval.json'} is missing: scoring {brain} and {dna}")
+        say(f"{run_dir / 'retrieval.json'} is missing: scoring {brain} and {dna_name(dna)}")
         retrieve.main(flags)
     cohort = workspace.open_cohort()
     splits, summary = cohort.splits(), read_json(run_dir / "summary.json")
@@ -89,7 +91,7 @@ def gather(workspace: Workspace, brain: str, dna: str) -> dict[str, Any]:
             | {"metrics": str((path.parent / "metrics.jsonl").relative_to(workspace.root))}
             for path in _pretraining(workspace, "summary.json")
         },
-        "alignment": {"brain": brain, "dna": dna}
+        "alignment": {"brain": brain, "dna": dna_name(dna)}
         | summary
         | {"metrics": str((run_dir / "metrics.jsonl").relative_to(workspace.root))},
         "retrieval": read_json(run_dir / "retrieval.json"),

@@ -5,6 +5,7 @@ With --query ID it answers instead: who are the people whose brains are nearest 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,10 @@ from typing import Any, Literal
 import tyro
 
 from brainfusion.cli.options import at_least, parse
+from brainfusion.cli.pairs import dna_models, dna_name
 from brainfusion.cli.query import answer
 from brainfusion.cli.scoring import DIRECTIONS, score
-from brainfusion.cli.workspace import Place, Workspace, ensure_features, known_dna
+from brainfusion.cli.workspace import Place, Workspace, ensure_features
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import write_json
 from brainfusion.runtime.logs import say
@@ -27,8 +29,8 @@ class RetrieveOptions:
 
     brain: str = "brainjepa"
     """Brain features of the alignment."""
-    dna: str = "evo2"
-    """DNA embeddings of the alignment."""
+    dna: tuple[str, ...] = ("evo2",)
+    """DNA embeddings of the alignment: one model or several."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
     query: str | None = None
     """A subject id: print the people nearest to this one instead of the scores."""
@@ -55,8 +57,8 @@ class RetrieveOptions:
 def main(argv: list[str]) -> int:
     """Score the test people's retrieval, or answer one query."""
     options = parse(RetrieveOptions, argv, prog="brainfusion retrieve", description=__doc__ or "")
-    workspace = Workspace.of(options.place)
-    run_dir = ensure_alignment(workspace, options.brain, options.dna)
+    workspace, dna = Workspace.of(options.place), dna_models(options.dna)
+    run_dir = ensure_alignment(workspace, options.brain, dna)
     if options.query is not None:
         answer(
             run_dir,
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> int:
             cohort,
             run_dir,
             brain=options.brain,
-            dna=options.dna,
+            dna=dna,
             n_permutations=options.permutations,
             n_bootstrap=options.bootstrap,
             seed=options.seed,
@@ -85,18 +87,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def ensure_alignment(workspace: Workspace, brain: str, dna: str) -> Path:
+def ensure_alignment(workspace: Workspace, brain: str, dna: Sequence[str]) -> Path:
     """An alignment run; on the demo cohort it is made if it is not there."""
     from brainfusion.cli import align
 
-    path = workspace.align_dir(brain, dna)
+    path = workspace.align_dir(brain, dna_name(dna))
     if not (path / "embeddings" / "dna.parquet").exists():
-        flags = ["--brain", brain, "--dna", dna, *workspace.options()]
-        known_dna(dna)
+        flags = ["--brain", brain, "--dna", *dna, *workspace.options()]
         if not workspace.demo:
             ensure_features(workspace, brain)
             raise UserError(f"{path} does not exist: run 'brainfusion align {' '.join(flags)}'.")
-        say(f"{path} is missing: aligning {brain} and {dna}")
+        say(f"{path} is missing: aligning {brain} and {dna_name(dna)}")
         align.main(flags)
     return path
 

@@ -1,5 +1,6 @@
 """Every score of an alignment's test people, beside what it has to be held against."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def score(
     run_dir: Path,
     *,
     brain: str,
-    dna: str,
+    dna: Sequence[str],
     n_permutations: int,
     n_bootstrap: int,
     seed: int,

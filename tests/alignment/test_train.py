@@ -12,6 +12,7 @@ from brainfusion.alignment.train import batch_rows, effective_rank, pair_auc
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import CheckpointError, UserError
+from tests.alignment.gene_cohort import gene_cohort
 from tests.ranks import run_ranks
 
 TINY = AlignConfig(
@@ -252,26 +253,31 @@ def test_open_clip_batches_are_equal_on_all_ranks():
     assert {len(part) for part in parts} == {10}
 
 
-def two_process_run(rank: int, world_size: int, folder: str) -> list[dict[str, Any]]:
+def two_process_runs() -> dict[str, tuple[dict[str, Any], list[str], AlignConfig]]:
+    """What two processes have to train like one: features, labels and config."""
     features, labels = cohort(n=90)
     config = replace(TINY, dropout=0.0, patience=50)
+    genes = gene_cohort(n=150, models=("evo2", "caduceus"), missing=0.1)
+    pooled = replace(config, dna_pool="attention", gene_components=5, gene_width=16)
+    return {
+        "whole": (features, labels, config),
+        "batches": (features, labels, replace(config, batch_size=15)),
+        "genes": (genes.features, genes.labels, replace(pooled, batch_size=15)),
+    }
+
+
+def two_process_run(rank: int, world_size: int, folder: str) -> list[dict[str, Any]]:
     ranks = Ranks(rank=rank, world_size=world_size)
-    for name, batch_size in (("whole", 0), ("batches", 15)):
+    for name, (features, labels, config) in two_process_runs().items():
         run_dir = Path(folder) / f"{name}-{world_size}"
-        train(
-            features,
-            labels,
-            config=replace(config, batch_size=batch_size),
-            run_dir=run_dir,
-            ranks=ranks,
-        )
+        train(features, labels, config=config, run_dir=run_dir, ranks=ranks)
     return []
 
 
 def test_two_processes_train_the_same_model_as_one(tmp_path):
     two_process_run(0, 1, str(tmp_path))
     run_ranks(two_process_run, str(tmp_path))
-    for name in ("whole", "batches"):
+    for name, (features, _, _) in two_process_runs().items():
         one, two = (
             [
                 json.loads(line)
@@ -284,6 +290,10 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
             # float32 sums in another order
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
             assert b["logit_scale"] == pytest.approx(a["logit_scale"], rel=1e-4)
-        brain = cohort(n=90)[0]["brain"]
-        embedded = [load(tmp_path / f"{name}-{n}").embed_brain(brain) for n in (1, 2)]
-        np.testing.assert_allclose(embedded[0], embedded[1], atol=1e-4)
+        for side in ("brain", "dna"):
+            rows = [load(tmp_path / f"{name}-{n}").embed(side, features[side]) for n in (1, 2)]
+            np.testing.assert_allclose(rows[0], rows[1], atol=1e-4)
+    genes = gene_cohort(n=150, models=("evo2", "caduceus"), missing=0.1).genes
+    shares = [load(tmp_path / f"genes-{n}").gene_weights(genes).share for n in (1, 2)]
+    np.testing.assert_allclose(shares[0], shares[1], atol=1e-4)
+    assert shares[0].std() > 1e-3  # it has moved

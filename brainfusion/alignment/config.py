@@ -1,0 +1,92 @@
+"""The settings of an alignment."""
+
+from dataclasses import dataclass
+
+from brainfusion.alignment.gene_conditioning import DnaPool
+from brainfusion.alignment.losses import LossName
+from brainfusion.runtime.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignConfig:
+    """Settings of an alignment; the defaults suit some hundred to some thousand people."""
+
+    # -- features ----------------------------------------------------------------------------
+    n_components: int = 128
+    """Principal components of each modality, at most half the training people; 0 for none."""
+    whiten: bool = True
+    """Scale the components to about unit variance."""
+    shrinkage: float = 0.3
+    """How much components of small variance are held back in whitening; 0 is none."""
+    residualise: tuple[str, ...] = ()
+    """Columns of the subjects table to regress out of both modalities (age, sex, site, ...)."""
+
+    # -- genes -------------------------------------------------------------------------------
+    dna_pool: DnaPool = "concat"
+    """All genes side by side and one PCA (concat), or genes pooled by mean, max or attention."""
+    gene_components: int = 8
+    """Principal components of each gene where genes are pooled; 0 keeps all its columns."""
+    gene_width: int = 128
+    """Width of a pooled gene's token."""
+    attention_lr: float = 0.1
+    """Peak learning rate of what says which gene to look at."""
+
+    # -- projectors --------------------------------------------------------------------------
+    dim_hidden: int = 1024
+    """Width of the hidden layer."""
+    dim_out: int = 512
+    """Width of the shared space."""
+    dropout: float = 0.1
+    """Share of hidden units dropped in training."""
+
+    # -- objective ---------------------------------------------------------------------------
+    loss: LossName = "info_nce"
+    """Ours, or open_clip's ClipLoss (clip) or SigLipLoss (siglip)."""
+    init_scale: float = 1.0
+    """Logit scale to start from; CLIP starts from 14.3, where some hundred people overfit."""
+    min_scale: float = 1.0
+    """Least logit scale."""
+    max_scale: float = 100.0
+    """Greatest logit scale."""
+    init_bias: float = -10.0
+    """Logit bias to start from; for siglip only."""
+
+    # -- optimisation ------------------------------------------------------------------------
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 1.0
+    """Weight decay of the matrices; biases, norms and the logit scale have none."""
+    max_steps: int = 100
+    """Steps at most."""
+    warmup_steps: int = 10
+    """Steps in which the learning rate rises to its peak."""
+    eval_every: int = 5
+    """Steps between looks at the validation people."""
+    patience: int = 6
+    """Looks without a better validation AUC after which training stops."""
+    batch_size: int = 0
+    """Pairs in a batch, over all processes; 0 is all training people at once."""
+    seed: int = 0
+    """Of weights, batches and dropout."""
+
+    def __post_init__(self) -> None:
+        positive = ("dim_hidden", "dim_out", "max_steps", "eval_every", "patience", "lr")
+        positive = (*positive, "gene_width", "attention_lr")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)}: expected more than 0.")
+        for name in (
+            *("n_components", "warmup_steps", "weight_decay", "shrinkage", "batch_size"),
+            "gene_components",
+        ):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if self.batch_size == 1:
+            raise UserError("batch_size=1: one pair has nothing to be told from; use 2 or more.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout}: expected at least 0 and less than 1.")
+        if not 0 < self.min_scale <= self.init_scale <= self.max_scale:
+            raise UserError(
+                f"min_scale={self.min_scale}, init_scale={self.init_scale}, max_scale="
+                f"{self.max_scale}: expected them positive and in this order."
+            )
