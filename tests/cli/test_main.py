@@ -90,7 +90,8 @@ def test_a_script_calls_its_command_and_holds_nothing_else(path):
     text = path.read_text()
     [command] = re.findall(r'run\("(\w+)"\)', text)
     assert command in COMMANDS
-    assert command == {"pretrain_encoder": "pretrain"}.get(path.stem, path.stem)
+    known = {"pretrain_encoder": "pretrain", "extract_dna": "extract"}
+    assert command == known.get(path.stem, path.stem)
     assert len(text.splitlines()) <= 10
 
 
