@@ -10,6 +10,7 @@ import torch
 
 from brainfusion import genetics
 from brainfusion.genetics import source as source_module
+from brainfusion.genetics.store_writer import StoreWriter
 from brainfusion.runtime.errors import UserError
 
 SUBJECTS = tuple(f"{i:04d}" for i in range(12))  # leading zeros
@@ -208,6 +209,27 @@ def test_blocks_cover_each_person_and_gene_once(tmp_path, vectors, form, monkeyp
         assert block.vectors.dtype == np.float32
         assert block.vectors.shape == (*block.mask.shape, WIDTH)
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("storage", ["float32", "dictionary"])
+def test_each_form_comes_back_from_a_store_as_it_was_written(tmp_path, vectors, form, storage):
+    folder = declare(tmp_path / "f")
+    form(folder, vectors)
+    stream = genetics.open_stream("evo2", folder)
+    with StoreWriter(
+        tmp_path / "store",
+        subjects=stream.subjects,
+        genes=stream.genes,
+        width=stream.width,
+        storage=storage,
+    ) as writer:
+        for block in stream:
+            writer.add(block.rows, block.columns, block.vectors, block.mask)
+        writer.finish(stream.provenance, stream.alarms)
+    opened = genetics.open_store(tmp_path / "store").select(SUBJECTS, GENES)
+    np.testing.assert_array_equal(np.asarray(opened.vectors), vectors)
+    assert opened.mask.all()
 
 
 # -- haplotypes and strands ------------------------------------------------------------------------
