@@ -13,12 +13,14 @@ from brainfusion.data.importers import ImportConfig, import_cohort
 from brainfusion.runtime.threads import one_thread
 
 PROG = "brainfusion import"
-DESCRIPTION = """Make a cohort folder from parcellated recordings.
+DESCRIPTION = """Make a cohort folder from recordings.
 
 For example: brainfusion import SOURCE --out COHORT --tr-s 0.72
 
-SOURCE is a folder with one recording a file (.npy, TSV/CSV, MATLAB .mat), or one .npy array of all
-recordings. Parcels are matched by name where names exist; what is dropped is counted and said.
+SOURCE is a folder with one recording a file (.npy, TSV/CSV, MATLAB .mat, CIFTI, NIfTI), derivatives
+of fMRIPrep or XCP-D, BrainLM's Arrow folders, HDF5, or one .npy array of all recordings. Parcels
+are matched by name where names exist; what is dropped is counted and said. After a stop the same
+command goes on from there.
 
 With --dna it adds DNA embeddings to a cohort instead (its options: import --dna evo2 --help):
 brainfusion import --dna evo2 PATH --cohort COHORT
@@ -30,7 +32,7 @@ class ImportOptions(ImportConfig):
     """Options of `brainfusion import`."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder of recordings (.npy, tables or .mat, one a file), or one .npy array of all."""
+    """A folder of recordings, or one file that holds all."""
 
 
 def main(argv: list[str]) -> int:

@@ -6,8 +6,8 @@ Shape legend: n recordings, p parcels, t TRs.
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,6 @@ INDEX_SCHEMA = {
 }
 SHARD_BYTES = 256 * 2**20
 _HEADER_BYTES = 128
-_MAX_OPEN_SHARDS = 64
 
 
 @dataclass
@@ -49,18 +48,34 @@ class RecordingWriter:
 
     Rows are appended to the shard of their length, and the index is written on a clean exit. After
     an error the folder has no index, so it cannot be opened: write inside `atomic_folder`.
+
+    Args:
+        folder: Where to write; empty, unless it is resumed.
+        n_parcels: Parcels of each recording.
+        shard_bytes: Size at which a shard is full.
+        resume: What `add` returned for recordings that are in the folder already, in order, from a
+            writer that did not end. What lies behind them is cut off.
     """
 
-    def __init__(self, folder: Path, *, n_parcels: int, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        n_parcels: int,
+        shard_bytes: int = SHARD_BYTES,
+        resume: Sequence[tuple[Any, ...]] = (),
+    ) -> None:
         self._folder, self._n_parcels, self._shard_bytes = folder, n_parcels, shard_bytes
         self._open: dict[int, _Shard] = {}
         self._shards: list[_Shard] = []
-        self._rows: list[tuple[Any, ...]] = []
-        self._names: set[str] = set()
+        self._rows: list[tuple[Any, ...]] = [tuple(row) for row in resume]
+        self._names: set[str] = {row[0] for row in resume}
 
     def __enter__(self) -> "RecordingWriter":
         self._folder.mkdir(parents=True, exist_ok=True)
-        if any(self._folder.iterdir()):
+        if self._rows:
+            self._cut_back()
+        elif any(self._folder.iterdir()):
             raise UserError(
                 f"{self._folder} is not empty: recordings are written into a new folder; give "
                 "another one, or remove what is there."
@@ -75,8 +90,8 @@ class RecordingWriter:
         subject: str,
         session: str = "1",
         tr_s: float | None,
-    ) -> None:
-        """Append one recording.
+    ) -> tuple[Any, ...]:
+        """Append one recording; returns its row of the index.
 
         Args:
             bold: [p, t], any scale; a missing parcel is NaN in all its TRs. Stored as float32.
@@ -103,19 +118,10 @@ class RecordingWriter:
                 handle.write(_header((0, *bold.shape)))
             handle.write(bold.tobytes())
         self._names.add(recording)
-        self._rows.append(
-            (
-                recording,
-                subject,
-                session,
-                shard.name,
-                shard.n_rows,
-                bold.shape[1],
-                tr_s,
-                coverage,
-            )
-        )
+        place = (shard.name, shard.n_rows, bold.shape[1])
+        self._rows.append((recording, subject, session, *place, tr_s, coverage))
         shard.n_rows += 1
+        return self._rows[-1]
 
     def __exit__(
         self,
@@ -132,6 +138,29 @@ class RecordingWriter:
         with atomic_file(self._folder / "index.parquet") as aside:
             index.write_parquet(aside)
 
+    def _cut_back(self) -> None:
+        """Leave in the folder what the rows list, as it was when the last of them was added."""
+        for _, _, _, name, row, n_trs, *_ in self._rows:
+            shard = self._open.get(n_trs)
+            if shard is None or shard.name != name:
+                shard = _Shard(name=name, n_trs=n_trs)
+                self._shards.append(shard)
+                self._open[n_trs] = shard
+            shard.n_rows = row + 1
+        for shard in self._shards:
+            n_bytes = _HEADER_BYTES + 4 * self._n_parcels * shard.n_trs * shard.n_rows
+            path = self._folder / shard.name
+            if not path.is_file() or path.stat().st_size < n_bytes:
+                raise UserError(
+                    f"{path} is shorter than what was written to it: remove {self._folder.parent} "
+                    "and start again."
+                )
+            os.truncate(path, n_bytes)
+        kept = {shard.name for shard in self._shards}
+        for path in self._folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
     def _shard_for(self, n_trs: int) -> _Shard:
         shard = self._open.get(n_trs)
         row_bytes = 4 * self._n_parcels * n_trs
@@ -143,13 +172,25 @@ class RecordingWriter:
 
 
 class Recordings:
-    """The recordings of a cohort, read one at a time from memory-mapped shards."""
+    """The recordings of a cohort, read one at a time from memory-mapped shards.
 
-    def __init__(self, folder: Path, index: pl.DataFrame, n_parcels: int) -> None:
+    Each read maps one recording and nothing else, and the map goes with the last view of it: what
+    is resident is what is in use, in whatever order a cohort is read. Threads may read at once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        index: pl.DataFrame,
+        n_parcels: int,
+        *,
+        starts: dict[str, int] | None = None,
+    ) -> None:
         self.folder, self.index, self.n_parcels = folder, index, n_parcels
         self.n_trs: np.ndarray = index["n_trs"].to_numpy()
         self._shard, self._row = index["shard"].to_list(), index["row"].to_list()
-        self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
+        # Where the numbers of each shard begin, in bytes; headers are read when it is not given.
+        self._starts = {} if starts is None else starts
 
     @classmethod
     def open(cls, folder: Path) -> "Recordings":
@@ -160,10 +201,10 @@ class Recordings:
                 truncated, of another type, or does not hold what the index says.
         """
         index = _read_index(folder / "index.parquet")
-        n_parcels = None
+        n_parcels, starts = None, {}
         for part in index.partition_by("shard", maintain_order=True):
             path = folder / part["shard"][0]
-            n_rows, shard_parcels, n_trs = _check_shard(path)
+            (n_rows, shard_parcels, n_trs), starts[path.name] = _check_shard(path)
             if n_parcels not in (None, shard_parcels):
                 raise UserError(
                     f"{path} has {shard_parcels} parcels but the shards before it {n_parcels}: "
@@ -177,33 +218,29 @@ class Recordings:
                     "rows or lengths: index and shards belong to different imports; import again."
                 )
         assert n_parcels is not None
-        return cls(folder, index, n_parcels)
+        return cls(folder, index, n_parcels, starts=starts)
 
     def __len__(self) -> int:
         return len(self._row)
 
     def read(self, i: int) -> np.ndarray:
         """Recording `i` as a read-only float32 view [p, t] of its memory-mapped shard."""
-        return self._map(self._shard[i])[self._row[i]]
+        shard, shape = self._shard[i], (self.n_parcels, int(self.n_trs[i]))
+        path = self.folder / shard
+        if shard not in self._starts:
+            _, self._starts[shard] = _check_shard(path)
+        return np.memmap(
+            path,
+            dtype="<f4",
+            mode="r",
+            offset=self._starts[shard] + 4 * math.prod(shape) * self._row[i],
+            shape=shape,
+        )
 
     def rows(self, subjects: Iterable[str]) -> np.ndarray:
         """Index rows (int64) of the recordings of these people, in the index's order."""
         wanted = pl.Series(list(subjects), dtype=pl.String)
         return self.index["subject"].is_in(wanted.implode()).arg_true().to_numpy().astype(np.int64)
-
-    def _map(self, shard: str) -> np.ndarray:
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-        else:
-            self._maps[shard] = np.load(self.folder / shard, mmap_mode="r")
-            # Each map holds a file handle; views of a dropped one stay valid.
-            if len(self._maps) > _MAX_OPEN_SHARDS:
-                self._maps.popitem(last=False)
-        return self._maps[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map is a copy of its data; worker processes map the files themselves.
-        return {**self.__dict__, "_maps": OrderedDict()}
 
 
 def check_bold(
@@ -257,8 +294,8 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return start + n_text.to_bytes(2, "little") + (text.ljust(n_text - 1) + "\n").encode("latin1")
 
 
-def _check_shard(path: Path) -> tuple[int, int, int]:
-    """The shape [n, p, t] of a shard, from its header; the file must be as long as that says."""
+def _check_shard(path: Path) -> tuple[tuple[int, int, int], int]:
+    """The shape [n, p, t] of a shard and where its numbers begin; it must be as long as it says."""
     again = "restore it or import the recordings again."
     if not path.is_file():
         raise UserError(f"{path} does not exist but index.parquet lists it: {again}")
@@ -284,7 +321,7 @@ def _check_shard(path: Path) -> tuple[int, int, int]:
         raise UserError(
             f"{path} is truncated: {got} bytes of {expected} for {list(shape)} float32: {again}"
         )
-    return shape
+    return shape, n_bytes
 
 
 def _read_index(path: Path) -> pl.DataFrame:

@@ -33,6 +33,9 @@ DIVISORS = {
 }
 """BrainLM's constants for `divide_by`, measured on its own data: of the image-shaped models (111M,
 650M), after `brainlm-robust`; of two columns of its data sets, after `parcel-centred`."""
+Frames = slice | np.ndarray
+"""Which frames of a recording: a range, or positions."""
+_ALL = slice(None)
 FITTED = ("brainlm-robust", "brainlm-code", "brainjepa-robust")
 _BRAINLM_TRS = 200
 _MAX_SAMPLE = 2**27  # float32 values: 512 MiB of sampled frames
@@ -127,15 +130,17 @@ class Standardiser:
         """What it saw: "700 people of cohort X"."""
         return f"{self.n_people} people of cohort {self.cohort}"
 
-    def transform(self, bold: np.ndarray) -> np.ndarray:
+    def transform(self, bold: np.ndarray, *, part: Frames = _ALL) -> np.ndarray:
         """Standardise whole recordings or windows.
 
         Args:
             bold: [..., p, t] in the unit and atlas order of the data it was fitted on; a missing
                 parcel is NaN. The means and standard deviations in the formulas are of each [p, t].
+            part: The frames to return; all if omitted. Means and standard deviations stay those of
+                the whole, so that the values are the same to the bit; the rest is not made.
 
         Returns:
-            float32 of the same shape, without NaN.
+            float32 [..., p, frames], without NaN.
 
         Raises:
             UserError: Another number of parcels.
@@ -150,16 +155,18 @@ class Standardiser:
         present = ~np.isnan(x)
         x = np.where(present, x, np.float32(0))
         if self.kind == "recording-zscore":
-            x = _zscore(x, present, axis=(-2, -1))
+            x = _zscore(x, present, axis=(-2, -1), part=part)
         elif self.kind == "parcel-zscore":
-            x = _zscore(x, present, axis=(-1,))
+            x = _zscore(x, present, axis=(-1,), part=part)
         elif self.kind == "parcel-centred":
-            x = _centred(x, present).astype(np.float32)
+            x = _centred(x, present, part).astype(np.float32)
         elif self.kind != "none":
-            x = self._robust(x, present)
+            x = self._robust(x, present, part)
+        else:
+            x = x[..., part]
         if self.divide_by != 1.0:
             x = x / np.float32(self.divide_by)
-        return np.where(present, x, np.float32(0))
+        return np.where(present[..., part], x, np.float32(0))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, part of a checkpoint's state.json."""
@@ -201,13 +208,13 @@ class Standardiser:
                 statistics[name] = array
         return cls(**{**values, **statistics})
 
-    def _robust(self, x: np.ndarray, present: np.ndarray) -> np.ndarray:
+    def _robust(self, x: np.ndarray, present: np.ndarray, part: Frames) -> np.ndarray:
         assert self.median is not None
         assert self.iqr is not None
         median, iqr = self.median[:, None], self.iqr[:, None]
         safe = np.where(iqr > 0, iqr, 1.0)
         keeps_level = self.kind == "brainjepa-robust"
-        centred = x.astype(np.float64) if keeps_level else _centred(x, present)
+        centred = x[..., part].astype(np.float64) if keeps_level else _centred(x, present, part)
         if self.kind == "brainlm-code":
             scaled = centred - median / safe
         else:
@@ -238,20 +245,23 @@ def check_divisor(divide_by: float) -> None:
         )
 
 
-def _centred(x: np.ndarray, present: np.ndarray) -> np.ndarray:
+def _centred(x: np.ndarray, present: np.ndarray, part: Frames) -> np.ndarray:
     """Each parcel minus its time mean, float64; `x` is 0 where it is not present."""
     n = np.maximum(present.sum(axis=-1, keepdims=True), 1)
-    return x - x.sum(axis=-1, keepdims=True, dtype=np.float64) / n
+    return x[..., part] - x.sum(axis=-1, keepdims=True, dtype=np.float64) / n
 
 
-def _zscore(x: np.ndarray, present: np.ndarray, *, axis: tuple[int, ...]) -> np.ndarray:
+def _zscore(
+    x: np.ndarray, present: np.ndarray, *, axis: tuple[int, ...], part: Frames
+) -> np.ndarray:
     n = present.sum(axis=axis, keepdims=True)
     mean = x.sum(axis=axis, keepdims=True, dtype=np.float64) / np.maximum(n, 1)
     centred = np.where(present, x - mean, 0.0)
     variance = (centred**2).sum(axis=axis, keepdims=True) / np.maximum(n - 1, 1)
     std = np.sqrt(variance)
     spread = std > _NOISE * np.abs(mean)
-    return np.where(spread, centred / np.where(spread, std, 1.0), 0.0).astype(np.float32)
+    scaled = centred[..., part] / np.where(spread, std, 1.0)
+    return np.where(spread, scaled, 0.0).astype(np.float32)
 
 
 def _means(

@@ -55,6 +55,7 @@ def training_windows(
     rank: int = 0,
     world_size: int = 1,
     transform: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    crop: Callable[[np.ndarray, int, slice | np.ndarray], np.ndarray] | None = None,
     frames: Frames = "consecutive",
 ) -> np.ndarray:
     """One training batch, a pure function of its arguments: a resumed run needs no state.
@@ -77,6 +78,9 @@ def training_windows(
         transform: Given the whole recording [p, t] and its row before it is cropped, as
             recordings are conditioned when they are embedded: a window's own mean and spread are
             not the recording's. It may change the length.
+        crop: In place of `transform` where the length stays: given the recording, its row and the
+            window's frames, returns those frames of what `transform` would. The rest of the
+            recording is not made.
         frames: Which of a recording's frames a window takes, as `cut_window`.
 
     Returns:
@@ -88,6 +92,7 @@ def training_windows(
     rows = np.asarray(rows, dtype=np.int64)
     span = span_of(window_trs, frames)
     check_lengths(recordings, rows, span if transform is None else 1)
+    assert transform is None or crop is None
     n_global = batch_size * world_size
     items = np.arange(step * n_global, (step + 1) * n_global)
     dealt = _deal(rows, items, seed)
@@ -97,7 +102,8 @@ def training_windows(
         row = int(dealt[item])
         bold = recordings.read(row)
         bold = bold if transform is None else transform(bold, row)
-        batch.append(cut_window(bold, window_trs, share=share[item], frames=frames))
+        part = window_frames(bold.shape[1], window_trs, share=share[item], frames=frames)
+        batch.append(bold[:, part] if crop is None else crop(bold, row, part))
     return np.stack(batch)
 
 
@@ -119,18 +125,29 @@ def cut_window(
     Raises:
         UserError: The recording is too short.
     """
+    return bold[:, window_frames(bold.shape[1], window_trs, share=share, frames=frames)]
+
+
+def window_frames(
+    n_trs: int, window_trs: int, *, share: float, frames: Frames = "consecutive"
+) -> slice | np.ndarray:
+    """The frames of a recording of `n_trs` that `cut_window` takes: a range, or positions.
+
+    Raises:
+        UserError: The recording is too short.
+    """
     span = span_of(window_trs, frames)
-    n_left = bold.shape[1] - span
+    n_left = n_trs - span
     if n_left < 0:
         raise UserError(
-            f"a recording has {bold.shape[1]} TRs but a window takes {span}: leave out short "
+            f"a recording has {n_trs} TRs but a window takes {span}: leave out short "
             "recordings, or use a model with a shorter window."
         )
     if frames == "brainjepa":
         start = share * n_left
-        return bold[:, sample_frames(bold.shape[1], n_frames=window_trs, span=span, start=start)]
+        return sample_frames(n_trs, n_frames=window_trs, span=span, start=start)
     start = int(share * (n_left + 1))
-    return bold[:, start : start + window_trs]
+    return slice(start, start + window_trs)
 
 
 def span_of(window_trs: int, frames: Frames) -> int:

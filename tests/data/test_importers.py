@@ -478,6 +478,7 @@ def test_the_command_imports_and_names_the_next_one(source, atlas, bold, capsys)
 )
 def test_the_command_answers_bad_words_in_one_line(source, words, message, capsys):
     places = {"SRC": str(source), "OUT": str(source.parent / "cohort")}
+    np.save(source / "007.npy", np.ones((4, 12)))
     assert cli.main(["import", *(places.get(word, word) for word in words)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")

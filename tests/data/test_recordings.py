@@ -1,4 +1,8 @@
+import math
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -6,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainfusion.data.recordings import Recordings, RecordingWriter
+from brainfusion.data.cohort import Cohort, write_cohort_tables
+from brainfusion.data.recordings import INDEX_SCHEMA, Recordings, RecordingWriter
+from brainfusion.data.windows import training_windows
 from brainfusion.runtime.errors import UserError
-from tests.data.cohorts import noise
+from tests.data.cohorts import noise, small_atlas
 
 
 def write(folder, arrays, **options):
@@ -174,3 +180,115 @@ def test_shards_with_other_parcels_are_refused(tmp_path):
     np.save(tmp_path / "shard-00001.npy", np.zeros((1, 5, 21), dtype=np.float32))
     with pytest.raises(UserError, match="has 5 parcels but the shards before it 4"):
         Recordings.open(tmp_path)
+
+
+# -- resuming -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_kept", [1, 4, 6, 9])
+def test_a_writer_that_is_resumed_writes_the_same_bytes(tmp_path, n_kept):
+    rng = np.random.default_rng(0)
+    arrays = [noise(rng, 3, 5 + i % 3) for i in range(9)]
+
+    def add(writer, start, stop):
+        return [
+            writer.add(arrays[i], recording=f"r{i}", subject="a", tr_s=1.0)
+            for i in range(start, stop)
+        ]
+
+    options = {"n_parcels": 3, "shard_bytes": 4 * 3 * 7 * 2}
+    with RecordingWriter(tmp_path / "whole", **options) as writer:
+        add(writer, 0, 9)
+    stopped = RecordingWriter(tmp_path / "stopped", **options)
+    stopped.__enter__()
+    rows = add(stopped, 0, n_kept)
+    add(stopped, n_kept, 9)  # written, but in nobody's books
+    with RecordingWriter(tmp_path / "stopped", **options, resume=rows) as writer:
+        add(writer, n_kept, 9)
+    whole, resumed = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("whole", "stopped")
+    )
+    assert whole == resumed
+    shard = tmp_path / "stopped" / rows[0][3]
+    shard.write_bytes(shard.read_bytes()[:130])
+    with pytest.raises(UserError, match="is shorter than what was written to it: remove"):
+        RecordingWriter(tmp_path / "stopped", **options, resume=rows).__enter__()
+
+
+# -- a large cohort -------------------------------------------------------------------------
+
+N_LARGE, LARGE = 40_000, (424, 490)
+
+
+def mapped_kib() -> int:
+    """Resident pages of mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssFile"):
+            return int(line.split()[1])
+    return 0
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """40,000 recordings of 424 x 490, 31 GiB of which none is on the disk."""
+    path = tmp_path_factory.mktemp("large")
+    n_parcels, n_trs = LARGE
+    ids = [f"{1_000_000 + i}" for i in range(N_LARGE)]
+    subjects = pl.DataFrame({"subject": ids})
+    atlas = small_atlas(n_parcels)
+    write_cohort_tables(path, name="large", origin="imported", subjects=subjects, atlas=atlas)
+    folder, n_rows = path / "recordings", 300
+    folder.mkdir()
+    rows = [
+        (f"{s}_2", s, "2", f"shard-{i // n_rows:05d}.npy", i % n_rows, n_trs, 0.735, 1.0)
+        for i, s in enumerate(ids)
+    ]
+    pl.DataFrame(rows, schema=INDEX_SCHEMA, orient="row").write_parquet(folder / "index.parquet")
+    for k in range(math.ceil(N_LARGE / n_rows)):
+        shape = (min(n_rows, N_LARGE - k * n_rows), n_parcels, n_trs)
+        with (folder / f"shard-{k:05d}.npy").open("wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + 4 * math.prod(shape))
+    return path
+
+
+def test_a_cohort_of_40000_opens_in_under_a_second(large):
+    import time
+
+    begin = time.process_time()
+    cohort = Cohort.open(large)
+    assert time.process_time() - begin < 1.0  # 0.05 s measured
+    assert len(cohort.recordings) == N_LARGE
+
+
+def test_reading_a_large_cohort_keeps_no_page_of_what_was_read(large):
+    recordings = Cohort.open(large).recordings
+    recordings.read(0).sum()
+    before = mapped_kib()
+    for row in range(0, N_LARGE, 200):  # 200 recordings of all 134 shards: 158 MiB
+        recordings.read(row).sum()
+    assert mapped_kib() - before < 8 * 1024
+    windows = training_windows(
+        recordings, np.arange(N_LARGE), window_trs=200, batch_size=16, seed=0, step=3
+    )
+    assert windows.shape == (16, 424, 200)
+    assert mapped_kib() - before < 8 * 1024
+
+
+def test_threads_may_read_at_once(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = [noise(rng, 4, 25) for _ in range(40)]
+    recordings = write(tmp_path, arrays, shard_bytes=500)
+    recordings = Recordings(recordings.folder, recordings.index, 4)  # headers are read on the way
+    gate = threading.Barrier(4)
+
+    def read(start):
+        gate.wait()
+        return [recordings.read(i % 40).copy() for i in range(start, start + 80)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for start, found in zip(range(4), pool.map(read, range(4)), strict=True):
+            for i, bold in enumerate(found, start=start):
+                np.testing.assert_array_equal(bold, arrays[i % 40])

@@ -208,3 +208,17 @@ def test_bad_requests_get_one_line(recordings):
         Standardiser.from_dict({**values, "extra": 1})
     with pytest.raises(UserError, match="'iqr' must be 5 numbers"):
         Standardiser.from_dict({**values, "iqr": [1.0]})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", [slice(7, 107), np.array([0, 3, 3, 50])], ids=["range", "list"])
+def test_a_part_is_that_of_the_whole_to_the_bit(recordings, arrays, kind, part):
+    standardiser = fit(kind, recordings, divide_by=2.5)
+    for bold in (arrays[0], arrays[3]):  # the second lacks a parcel
+        whole = standardiser.transform(bold)[..., part]
+        held = standardiser.transform(bold, part=part)
+        np.testing.assert_array_equal(held, whole)
+        assert held.dtype == np.float32
+        alone = standardiser.transform(bold[:, part])
+        if kind in ("recording-zscore", "parcel-zscore", "parcel-centred"):
+            assert not np.array_equal(held, alone)  # a window's own mean is another one

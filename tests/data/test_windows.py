@@ -136,3 +136,27 @@ def test_recordings_that_are_too_short_are_counted(recordings):
         training_windows(recordings, list(range(7)), window_trs=21, batch_size=1, seed=0, step=0)
     with pytest.raises(UserError, match="there is no recording to take windows from"):
         draw(recordings, 0, rows=[])
+
+
+@pytest.mark.parametrize("frames", ["consecutive", "brainjepa"])
+def test_cropping_makes_the_windows_that_transforming_the_whole_makes(tmp_path, frames):
+    rng = np.random.default_rng(0)
+    with RecordingWriter(tmp_path, n_parcels=3) as writer:
+        for i in range(5):
+            bold = rng.normal(size=(3, 40 + i)).astype(np.float32)
+            writer.add(bold, recording=f"r{i}", subject="a", tr_s=1.0)
+    recordings, made = Recordings.open(tmp_path), []
+
+    def whole(bold, row):
+        return bold - bold.mean(axis=1, keepdims=True) + row
+
+    def crop(bold, row, part):
+        made.append(bold[:, part].shape[1])
+        return bold[:, part] - bold.mean(axis=1, keepdims=True) + row
+
+    options = {"window_trs": 10, "batch_size": 4, "seed": 1, "frames": frames}
+    for step in range(3):
+        one = training_windows(recordings, range(5), step=step, transform=whole, **options)
+        other = training_windows(recordings, range(5), step=step, crop=crop, **options)
+        np.testing.assert_array_equal(one, other)
+    assert made == [10] * 12

@@ -4,20 +4,37 @@ Shape legend: n recordings, p parcels, t TRs.
 """
 
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from brainfusion.data.importers.config import ImportConfig
+from brainfusion.data.importers import arrow, hdf5
+from brainfusion.data.importers.arrays import check_matrix, load_npy, read_mat
+from brainfusion.data.importers.config import ImportConfig, ImportReport
+from brainfusion.data.importers.imaging import Image, read_cifti, read_nifti, sidecar_tr
+from brainfusion.data.importers.names import (
+    choose_files,
+    compile_pattern,
+    identify,
+    name_files,
+    stem,
+)
 from brainfusion.data.importers.tables import read_numbers, read_table
 from brainfusion.runtime.errors import UserError
 
-SUFFIXES = {"npy": (".npy",), "tables": (".tsv", ".csv", ".txt"), "mat": (".mat",)}
+SUFFIXES = {
+    "npy": (".npy",),
+    "tables": (".tsv", ".csv", ".txt", ".dat"),
+    "mat": (".mat",),
+    "cifti": (".ptseries.nii", ".dtseries.nii"),
+    "nifti": (".nii", ".nii.gz"),
+    "hdf5": (".h5", ".hdf5"),
+    "arrow": (".arrow",),
+}
+_CIFTI = re.compile(r"\.[a-z]+\.nii$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +46,9 @@ class Item:
     session: str
     path: Path
     row: int | None = None
-    """Its row in the array of all recordings."""
+    """Its row in the array or table of all recordings."""
+    key: str | None = None
+    """Its data set or column in the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +61,11 @@ class Raw:
     """Parcel names, where the file has them."""
     orientation: str | None = None
     """ "parcels-first" or "trs-first", where the file says so."""
+    tr_s: float | None = None
+    """The TR, where the file says it."""
 
 
-def find_items(config: ImportConfig) -> tuple[str, list[Item]]:
+def find_items(config: ImportConfig, report: ImportReport) -> tuple[str, list[Item]]:
     """The kind of the source and its recordings, in the order of their names.
 
     Raises:
@@ -53,21 +74,37 @@ def find_items(config: ImportConfig) -> tuple[str, list[Item]]:
     if not config.source.exists():
         raise UserError(
             f"{config.source} does not exist: expected a folder of recordings (.npy, .tsv, .csv, "
-            ".mat) or one .npy array of all."
+            ".mat, .nii, .h5, .arrow) or one .npy array of all."
         )
-    kind = config.kind
-    if kind == "array" or (kind == "auto" and config.ids is not None):
-        return "array", _array_items(config)
-    files = _files(config)
+    kind, files = config.kind, _files(config)
+    if kind == "auto" and config.ids is not None:
+        is_hdf5 = config.source.is_file() and config.source.suffix in SUFFIXES["hdf5"]
+        kind = "hdf5" if is_hdf5 else "array"
+    if kind == "array":
+        return kind, _array_items(config)
     if kind == "auto":
         kind = _guess_kind(config.source, files)
-    files = [path for path in files if path.suffix in SUFFIXES[kind]]
+    files = [path for path in files if kind_of(path) == kind]
     if not files:
         raise UserError(
             f"{config.source} holds no {' or '.join(SUFFIXES[kind])} file that fits "
             f"'{config.glob}': check the folder, --kind and --glob."
         )
-    return kind, _name_items(config, files)
+    files, report.n_other_files = choose_files(
+        files, kind, entities=config.entities, has_labels=config.labels is not None
+    )
+    if not files:
+        raise UserError(f"{config.source}: no file has all of --entities {config.entities}.")
+    if kind == "hdf5":
+        return kind, _hdf5_items(config, files)
+    if kind == "arrow":
+        return kind, _arrow_items(config, files, report)
+    root = config.source if config.source.is_dir() else config.source.parent
+    report.names, named = name_files(root, files, config.pattern)
+    return kind, [
+        Item(recording=one.recording, subject=one.subject, session=one.session, path=one.path)
+        for one in named
+    ]
 
 
 def read_item(config: ImportConfig, kind: str, item: Item) -> Raw:
@@ -76,113 +113,95 @@ def read_item(config: ImportConfig, kind: str, item: Item) -> Raw:
     Raises:
         UserError: The file is broken or holds something else than one table of numbers.
     """
+    where, tr_s = item.path.name, None
+    if kind in ("cifti", "nifti"):
+        return _read_image(config, kind, item)
+    names = orientation = None
     if kind == "tables":
         values, names, orientation = read_numbers(
             item.path, drop_columns=config.drop_columns, orientation=config.orientation
         )
-        return Raw(values=values, names=names, orientation=orientation)
-    if kind == "mat":
-        values = _read_mat(item.path, config.variable)
+        tr_s = sidecar_tr(item.path, stem(item.path))
+    elif kind == "mat":
+        values = read_mat(item.path, config.variable)
+    elif kind == "hdf5":
+        assert item.key is not None
+        values, names, tr_s = hdf5.read_set(item.path, item.key, item.row)
+        where = f"{where}:{item.key}"
+    elif kind == "arrow":
+        assert item.key is not None
+        assert item.row is not None
+        values = arrow.read_recording(item.path, item.key, item.row)
+        where = f"{where}:{item.key}"
     else:
-        values = _load_npy(item.path)
-        if item.row is not None:
-            values = values[item.row]
-    return Raw(values=_check_matrix(values, where=item.path.name))
+        values = load_npy(item.path)
+        values = values if item.row is None else values[item.row]
+    values = check_matrix(values, where=where)
+    return Raw(values=values, names=names, orientation=orientation, tr_s=tr_s)
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a file by the ending of its name; None for any other."""
+    for kind, endings in SUFFIXES.items():
+        if path.name.endswith(endings):
+            is_other_cifti = kind == "nifti" and _CIFTI.search(path.name)
+            return None if is_other_cifti else kind
+    return None
+
+
+def _read_image(config: ImportConfig, kind: str, item: Item) -> Raw:
+    image: Image
+    if kind == "cifti":
+        image = read_cifti(item.path, config.labels)
+    else:
+        image = read_nifti(item.path, config.labels, config.parcels)
+    stated = sidecar_tr(item.path, stem(item.path))
+    both = (image.tr_s, stated)
+    if config.tr_s is None and None not in both and abs(image.tr_s - stated) > 0.01 * stated:  # type: ignore[operator]
+        raise UserError(
+            f"{item.path.name} has a TR of {image.tr_s:g} s in its header but {stated:g} s in the "
+            "JSON beside it: say which with --tr-s."
+        )
+    return Raw(
+        values=check_matrix(image.values, where=item.path.name),
+        names=image.names,
+        orientation="trs-first",
+        tr_s=stated or image.tr_s,
+    )
 
 
 def _files(config: ImportConfig) -> list[Path]:
     if config.source.is_file():
         return [config.source]
-    tables = (config.subjects, config.parcels, config.ids, config.atlas)
+    tables = (config.subjects, config.parcels, config.ids, config.atlas, config.labels)
     others = {path.resolve() for path in tables if path is not None}
     out = config.out.resolve()
+    parts = out.parent / f".{out.name}-parts"
     return sorted(
         path
         for path in config.source.rglob(config.glob)
         if path.is_file()
         and not path.name.startswith(".")
         and path.resolve() not in others
-        and out not in path.resolve().parents
+        and not {out, parts} & set(path.resolve().parents)
     )
 
 
 def _guess_kind(source: Path, files: list[Path]) -> str:
-    if source.is_file() and source.suffix == ".npy" and _load_npy(source).ndim == 3:
+    if source.is_file() and source.suffix == ".npy" and load_npy(source).ndim == 3:
         raise UserError(
             f"{source} is one array of all recordings: give --ids, a text file with one subject a "
             "line in the array's order."
         )
-    counts = {
-        kind: sum(path.suffix in suffixes for path in files) for kind, suffixes in SUFFIXES.items()
-    }
-    found = [kind for kind, count in counts.items() if count]
+    counts = Counter(kind for path in files if (kind := kind_of(path)))
+    found = [kind for kind in SUFFIXES if counts[kind]]
     if len(found) != 1:
         holds = ", ".join(f"{counts[kind]} {kind}" for kind in found) or "none of them"
         raise UserError(
-            f"{source}: cannot tell what to read (it holds {holds}): choose with --kind npy, "
-            "tables, mat or array, and --glob."
+            f"{source}: cannot tell what to read (it holds {holds}): choose with --kind "
+            f"{', '.join(SUFFIXES)} or array, and --glob."
         )
     return found[0]
-
-
-def _name_items(config: ImportConfig, files: list[Path]) -> list[Item]:
-    root = config.source if config.source.is_dir() else config.source.parent
-    pattern = _compile(config.pattern)
-    if pattern is None:
-        repeated = [
-            stem for stem, count in Counter(path.stem for path in files).items() if count > 1
-        ]
-        if repeated:
-            raise UserError(
-                f"{len(repeated)} file names stand in several folders ('{repeated[0]}', ...), so "
-                "they do not name the subject: give --pattern, for example "
-                "'subjects/(?P<subject>[^/]+)/', which is searched in the path below the source."
-            )
-    items, unnamed = [], []
-    for path in files:
-        relative = path.relative_to(root)
-        named = _identify(relative, pattern)
-        if named is None:
-            unnamed.append(relative.as_posix())
-            continue
-        subject, session = named
-        recording = relative.with_suffix("").as_posix()
-        items.append(Item(recording=recording, subject=subject, session=session, path=path))
-    if unnamed:
-        raise UserError(
-            f"{len(unnamed)} of {len(files)} files do not fit --pattern '{config.pattern}' (for "
-            f"example {unnamed[0]}): correct it, or choose the files with --glob."
-        )
-    return items
-
-
-def _compile(pattern: str | None) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"--pattern '{pattern}' is no regular expression ({error}): expected for example "
-            "'sub-(?P<subject>[^_]+)_run-(?P<session>[0-9]+)'."
-        ) from error
-    if "subject" not in compiled.groupindex:
-        raise UserError(
-            f"--pattern '{pattern}' has no group (?P<subject>...): expected for example "
-            "'sub-(?P<subject>[^_]+)'."
-        )
-    return compiled
-
-
-def _identify(relative: Path, pattern: re.Pattern[str] | None) -> tuple[str, str] | None:
-    """Subject and session from a path; None where the pattern does not fit."""
-    if pattern is not None:
-        match = pattern.search(relative.as_posix())
-        if match is None or not match["subject"]:
-            return None
-        return match["subject"], match.groupdict().get("session") or "1"
-    session = re.search(r"(?:^|_)ses-([^_]+)", relative.stem)
-    return relative.stem.split("_")[0] or relative.stem, session[1] if session else "1"
 
 
 def _array_items(config: ImportConfig) -> list[Item]:
@@ -193,28 +212,38 @@ def _array_items(config: ImportConfig) -> list[Item]:
             "kind 'array' needs --ids: a text file with one subject a line in the array's order, "
             "or a table with the columns subject, session, recording."
         )
-    array = _load_npy(config.source)
+    array = load_npy(config.source)
     if array.ndim != 3:
         raise UserError(
             f"{config.source} has shape {list(array.shape)}, expected [recording, parcel, TR] or "
             "[recording, TR, parcel]."
         )
+    columns = _read_ids(config)
+    return _rows_of_array(config, columns, len(array), key=None)
+
+
+def _read_ids(config: ImportConfig) -> dict[str, list[str]]:
+    """The columns subject, session and recording of --ids, as far as they are there."""
+    assert config.ids is not None
     if not config.ids.is_file():
         raise UserError(f"{config.ids} does not exist: expected one subject a line, or a table.")
-    columns: dict[str, list[str]] = {}
-    if config.ids.suffix in (".csv", ".tsv", ".parquet"):
-        keys = ("subject", "session", "recording")
-        names, table = read_table(config.ids, text=keys)
-        if "subject" not in names:
-            raise UserError(f"{config.ids} has no column 'subject'; it has {', '.join(names[:8])}.")
-        columns = {key: [str(v) for v in table[key]] for key in keys if key in names}
-    else:
-        columns["subject"] = config.ids.read_text(encoding="utf-8").split()
+    if config.ids.suffix not in (".csv", ".tsv", ".parquet"):
+        return {"subject": config.ids.read_text(encoding="utf-8").split()}
+    keys = ("subject", "session", "recording")
+    names, table = read_table(config.ids, text=keys)
+    if "subject" not in names:
+        raise UserError(f"{config.ids} has no column 'subject'; it has {', '.join(names[:8])}.")
+    return {key: [str(v) for v in table[key]] for key in keys if key in names}
+
+
+def _rows_of_array(
+    config: ImportConfig, columns: dict[str, list[str]], n_rows: int, *, key: str | None
+) -> list[Item]:
     subjects = columns["subject"]
-    if len(subjects) != len(array):
+    if len(subjects) != n_rows:
         raise UserError(
-            f"{config.ids} lists {len(subjects)} recordings but {config.source} holds "
-            f"{len(array)}: expected one line a recording, in the array's order."
+            f"{config.ids or 'its ids'} lists {len(subjects)} recordings but {config.source} holds "
+            f"{n_rows}: expected one line a recording, in the array's order."
         )
     nth: Counter[str] = Counter()
     items = []
@@ -223,70 +252,101 @@ def _array_items(config: ImportConfig) -> list[Item]:
         session = columns["session"][row] if "session" in columns else str(nth[subject])
         name = columns["recording"][row] if "recording" in columns else f"{subject}_{nth[subject]}"
         items.append(
-            Item(recording=name, subject=subject, session=session, path=config.source, row=row)
+            Item(
+                recording=name,
+                subject=subject,
+                session=session,
+                path=config.source,
+                row=row,
+                key=key,
+            )
         )
     return items
 
 
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+def _hdf5_items(config: ImportConfig, files: Sequence[Path]) -> list[Item]:
+    """A data set a recording, or the rows of one stacked array."""
+    found = {path: hdf5.find_sets(path, config.variable) for path in files}
+    stacked = [
+        (path, key) for path in files for key, shape in found[path].items() if len(shape) > 2
+    ]
+    flat = [(path, key) for path in files for key, shape in found[path].items() if len(shape) == 2]
+    if stacked and (flat or len(stacked) > 1):
+        listed = ", ".join(key for _, key in [*stacked, *flat][:5])
         raise UserError(
-            f"{path} is not a whole .npy array of numbers ({error}): save it again with numpy.save."
-        ) from error
-
-
-def _read_mat(path: Path, variable: str | None) -> np.ndarray:
-    from scipy import io
-
-    with _mat_errors(path):
-        found = {name: shape for name, shape, kind in io.whosmat(path) if _is_table(shape, kind)}
-    if variable is None and len(found) != 1:
-        tables = ", ".join(f"{name} {list(shape)}" for name, shape in found.items()) or "none"
-        raise UserError(
-            f"{path} holds {len(found)} two-dimensional numeric variables ({tables}), expected "
-            "one: choose it with --variable."
+            f"{config.source} holds {len(stacked)} stacked arrays and {len(flat)} single "
+            f"recordings ({listed}): expected one array of all, or one data set a recording; "
+            "choose with --variable."
         )
-    name = variable or next(iter(found))
-    if name not in found:
-        known = ", ".join(found) or "none"
+    if stacked:
+        [(path, key)] = stacked
+        ids = hdf5.read_ids(path, config.id_column) if config.ids is None else None
+        if ids is None and config.ids is None:
+            raise UserError(
+                f"{path} has one array of all recordings and no data set of ids: give --ids, or "
+                f"--id-column (by itself one of {', '.join(hdf5.ID_SETS)} is found)."
+            )
+        columns = {"subject": ids} if ids is not None else _read_ids(config)
+        at = replace(config, source=path)
+        return _rows_of_array(at, columns, found[path][key][0], key=key)
+    one_each = all(len(sets) == 1 for sets in found.values())
+    root = config.source if config.source.is_dir() else config.source.parent
+    pattern = compile_pattern(config.pattern) if config.pattern else None
+    items = []
+    for path, key in flat:
+        inside = path.relative_to(root).with_suffix("").as_posix()
+        name = inside if one_each else key if len(files) == 1 else f"{inside}/{key}"
+        # The last group that is no fixed word names who was scanned: sub-01/rest, not rest.
+        spoken = name if one_each or pattern else key.split("/")[0]
+        items.append(_named_item(config, name, spoken, pattern, path=path, key=key))
+    return items
+
+
+def _arrow_items(config: ImportConfig, files: Sequence[Path], report: ImportReport) -> list[Item]:
+    """The rows of Arrow files that have a column of recordings."""
+    items = []
+    pattern = compile_pattern(config.pattern) if config.pattern else None
+    nth: Counter[str] = Counter()
+    for path in files:
+        column = arrow.find_column(path, config.variable)
+        if column is None:
+            report.n_other_files += 1
+            continue
+        id_column, ids = arrow.read_ids(path, config.id_column)
+        report.names = f"column {id_column}"
+        for row, text in enumerate(ids):
+            text = text.removesuffix(".dat")
+            nth[text] += 1
+            name = text if nth[text] == 1 else f"{text}_{nth[text]}"
+            spoken = text if id_column == "Filename" or pattern else None
+            items.append(
+                _named_item(
+                    config, name, spoken, pattern, path=path, key=column, row=row, whole=text
+                )
+            )
+    if not items:
         raise UserError(
-            f"{path} has no numeric table '{name}': it has {known}; choose with --variable."
+            f"{config.source}: no Arrow file has a column of recordings (lists of lists of "
+            "numbers): expected BrainLM's, for example Raw_Recording; check the folder."
         )
-    with _mat_errors(path):
-        return np.asarray(io.loadmat(path, variable_names=[name])[name])
+    return items
 
 
-@contextmanager
-def _mat_errors(path: Path) -> Iterator[None]:
-    """Say in one line why scipy cannot read a MATLAB file."""
-    from scipy.io.matlab import MatReadError
-
-    try:
-        yield
-    except NotImplementedError as error:
+def _named_item(
+    config: ImportConfig,
+    name: str,
+    spoken: str | None,
+    pattern: re.Pattern[str] | None,
+    *,
+    path: Path,
+    key: str,
+    row: int | None = None,
+    whole: str = "",
+) -> Item:
+    """An item inside a container, whose text `spoken` says who was scanned when."""
+    named = (whole, "1") if spoken is None else identify(spoken, pattern)
+    if named is None:
         raise UserError(
-            f"{path} is a MATLAB v7.3 (HDF5) file, expected v7 or older: save it again in MATLAB "
-            "with save(..., '-v7'), or as .npy."
-        ) from error
-    except (MatReadError, ValueError, TypeError, EOFError, OSError, zlib.error) as error:
-        raise UserError(
-            f"{path} is not a readable MATLAB file ({error}): save it again."
-        ) from error
-
-
-def _is_table(shape: tuple[int, ...], kind: str) -> bool:
-    numeric = kind in ("double", "single") or kind.startswith(("int", "uint"))
-    return numeric and len(shape) == 2 and min(shape) > 1
-
-
-def _check_matrix(values: np.ndarray, *, where: str) -> np.ndarray:
-    if values.ndim != 2 or 0 in values.shape:
-        raise UserError(
-            f"{where} has shape {list(values.shape)}, expected one recording [parcels, TRs] or "
-            "[TRs, parcels]; use --kind array for one array of all."
+            f"'{spoken}' in {path.name} does not fit --pattern '{config.pattern}': correct it."
         )
-    if values.dtype.kind not in "fiu":
-        raise UserError(f"{where} holds {values.dtype}, expected real numbers: convert it.")
-    return values
+    return Item(recording=name, subject=named[0], session=named[1], path=path, key=key, row=row)
