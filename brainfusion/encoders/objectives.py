@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from brainfusion.data.atlas import Atlas
 from brainfusion.encoders.brainjepa import BrainJEPA
 from brainfusion.encoders.brainlm import BrainLM
 from brainfusion.encoders.brainlm_image import BrainLMImage
+from brainfusion.encoders.mae import MaskedOutput, random_masking
 from brainfusion.encoders.masking import mask_rng, sample_masks
 from brainfusion.runtime.errors import UserError
 
@@ -32,15 +33,15 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def diagnose(self, bold: Tensor, draws: list[Tensor]) -> dict[str, float]:
-        """Named figures that tell learning from collapse, on one batch."""
+        """The validation loss and named figures that tell learning from collapse, on one batch."""
         raise NotImplementedError
 
-    def pooled(self, bold: Tensor) -> Tensor | None:
-        """Features whose spread over windows is watched; nothing by default."""
-        return None
+    def pooled(self, bold: Tensor, pooling: str = "mean") -> Tensor:
+        """Features [b, f] whose spread over windows is watched, and which are probed."""
+        raise NotImplementedError
 
-    def after_step(self, step: int, n_steps: int) -> None:
-        """What follows optimiser step `step` of `n_steps`; nothing by default."""
+    def after_step(self, momentum: float) -> None:
+        """What follows an optimiser step; nothing by default."""
 
 
 class BrainLMObjective(Objective):
@@ -58,34 +59,78 @@ class BrainLMObjective(Objective):
         self.encoder, self.window_trs = encoder, encoder.window_trs
         xyz = torch.as_tensor(np.asarray(atlas.xyz_mm), dtype=torch.float32)
         self.register_buffer("xyz", xyz, persistent=False)
+        image = isinstance(encoder, BrainLMImage)
+        self._values_hidden = _values_of_patches(encoder) if image else None
 
     def draw(self, batch_size: int, *, seed: int, step: int) -> list[Tensor]:
-        """The masking noise of a global batch, [b, n]."""
-        rng = np.random.default_rng([seed, step])
-        noise = rng.random((batch_size, self.encoder.n_tokens), dtype=np.float32)
-        return [torch.from_numpy(noise)]
+        """The masking noise of a global batch, [b, n]; for images also what each window weighs.
 
-    def forward(self, bold: Float[Tensor, "b p t"], noise: Float[Tensor, "b n"]) -> Tensor:
-        """The masked reconstruction loss."""
-        loss = self.encoder(bold, self.xyz, noise=noise).loss
-        if loss is None:
-            raise UserError("mask_ratio=0 hides nothing, so there is nothing to learn: use 0.2.")
-        return loss
+        An image's patches reach over its edges, so that windows differ in how many of their values
+        are hidden. The loss is one mean over all hidden values of the global batch: a window
+        weighs as many as it has, as a share of the batch's mean.
+        """
+        rng = np.random.default_rng([seed, step])
+        noise = torch.from_numpy(rng.random((batch_size, self.encoder.n_tokens), dtype=np.float32))
+        if self._values_hidden is None:
+            return [noise]
+        ratio = self.encoder.config.mask_ratio
+        hidden = random_masking(noise, self.encoder.n_tokens, ratio, noise).mask.double()
+        counts = hidden @ self._values_hidden
+        return [noise, counts / counts.mean().clamp_min(1.0)]
+
+    def forward(
+        self,
+        bold: Float[Tensor, "b p t"],
+        noise: Float[Tensor, "b n"],
+        weight: Float[Tensor, " b"] | None = None,
+    ) -> Tensor:
+        """The masked reconstruction loss of these windows, as their part of the global batch's."""
+        loss = _loss_of(self.encoder(bold, self.xyz, noise=noise))
+        return loss if weight is None else loss * weight.mean().to(loss.dtype)
 
     @torch.no_grad()
     def diagnose(self, bold: Float[Tensor, "b p t"], draws: list[Tensor]) -> dict[str, float]:
-        """Masked R2 against the mean of the hidden values: 0 is the mean predictor.
+        """Masked R2, and what linear interpolation between visible patches reaches of it.
 
-        Not for the image-shaped family, whose hidden patches span parcels and padding.
+        `masked_r2` is against the mean of the hidden values: 0 is the mean predictor.
+        `r2_over_interpolation` is 1 - error / error of the interpolation: above 0, the encoder
+        knows more than a patch's neighbours in time say. The image-shaped family has its loss
+        alone: its hidden patches span parcels and padding.
         """
-        if isinstance(self.encoder, BrainLMImage):
-            return {}
         out = self.encoder(bold, self.xyz, noise=draws[0])
+        values = {"validation_loss": float(_loss_of(out))}
+        if isinstance(self.encoder, BrainLMImage):
+            return values
         target = bold.reshape(out.logits.shape)
         hidden = out.mask.reshape(target.shape[:-1]).bool()
         error = (out.logits - target)[hidden].square().sum()
         spread = (target[hidden] - target[hidden].mean()).square().sum()
-        return {"masked_r2": float(1.0 - error / spread)}
+        frames = hidden.repeat_interleave(target.shape[-1], dim=-1)  # (b, p, t)
+        guess = interpolated(bold, frames)
+        of_guess = (guess - bold)[frames].square().sum()
+        return values | {
+            "masked_r2": float(1.0 - error / spread),
+            "interpolation_r2": float(1.0 - of_guess / spread),
+            "r2_over_interpolation": float(1.0 - error / of_guess),
+            "target_std": float(target[hidden].std(correction=0)),
+        }
+
+    @torch.no_grad()
+    def reconstruct(
+        self, bold: Float[Tensor, "b p t"], draws: list[Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The reconstruction [b, p, t] and which of its values were hidden; None for images."""
+        if isinstance(self.encoder, BrainLMImage):
+            return None
+        out = self.encoder(bold, self.xyz, noise=draws[0])
+        hidden = out.mask.reshape(out.logits.shape[:-1]).bool()
+        patch_trs = out.logits.shape[-1]
+        return out.logits.flatten(2), hidden.repeat_interleave(patch_trs, dim=-1)
+
+    @torch.no_grad()
+    def pooled(self, bold: Float[Tensor, "b p t"], pooling: str = "mean") -> Float[Tensor, "b f"]:
+        """The encoder's features with nothing hidden."""
+        return self.encoder.encode(bold, self.xyz, pooling=pooling)  # type: ignore[arg-type]
 
 
 class BrainJEPAObjective(Objective):
@@ -95,12 +140,10 @@ class BrainJEPAObjective(Objective):
         self,
         encoder: BrainJEPA,
         *,
-        momentum: tuple[float, float],
         masks: Literal["unbiased", "reference"] = "unbiased",
     ) -> None:
         super().__init__()
-        self.encoder, self.window_trs = encoder, encoder.window_trs
-        self.momentum, self.masks = momentum, masks
+        self.encoder, self.window_trs, self.masks = encoder, encoder.window_trs, masks
 
     def draw(self, batch_size: int, *, seed: int, step: int) -> list[Tensor]:
         """Context and target token indices of a global batch, [b, k] and [b, q]."""
@@ -119,29 +162,70 @@ class BrainJEPAObjective(Objective):
 
     @torch.no_grad()
     def diagnose(self, bold: Float[Tensor, "b p t"], draws: list[Tensor]) -> dict[str, float]:
-        """The loss of predicting the mean target: a loss no lower than that is collapse."""
+        """The loss of predicting the mean target: a loss no lower than that is collapse.
+
+        `target_std` is the spread of target features over tokens and windows.
+        """
         wanted = self.encoder.target(bold, draws[1:])
         mean = wanted.mean(dim=(0, 1), keepdim=True).expand_as(wanted)
-        return {"loss_of_mean_target": float(F.smooth_l1_loss(mean, wanted))}
+        return {
+            "validation_loss": float(self(bold, *draws)),
+            "loss_of_mean_target": float(F.smooth_l1_loss(mean, wanted)),
+            "target_std": float(wanted.flatten(0, 1).std(0, correction=0).mean()),
+        }
 
     @torch.no_grad()
-    def pooled(self, bold: Float[Tensor, "b p t"]) -> Float[Tensor, "b d"]:
+    def pooled(self, bold: Float[Tensor, "b p t"], pooling: str = "mean") -> Float[Tensor, "b f"]:
         """The target encoder's features: no spread over windows is collapse."""
-        return self.encoder.target_encoder(bold).mean(1)
+        return self.encoder.encode(bold, pooling=pooling)
 
-    def after_step(self, step: int, n_steps: int) -> None:
-        """Move the target encoder; the momentum ramps linearly over the optimiser steps.
-
-        Differs from upstream: their ramp is sized by batches and stepped by optimiser steps, so it
-        ends at 0.9965 instead of 1.
-        """
-        start, end = self.momentum
-        self.encoder.update_target(start + (end - start) * min(step / n_steps, 1.0))
+    def after_step(self, momentum: float) -> None:
+        """Move the target encoder."""
+        self.encoder.update_target(momentum)
 
 
-def objective_for(module: nn.Module, atlas: Atlas, *, momentum: tuple[float, float]) -> Objective:
-    """The pretraining objective of an encoder; `momentum` is Brain-JEPA's."""
+def _values_of_patches(encoder: BrainLMImage) -> Float[Tensor, " n"]:
+    """How many of a recording's values lie in each patch of its image, on the CPU."""
+    n_pixels = encoder.config.patch_size**2
+    numbers = encoder.real.cpu().float()[None, :, None].expand(1, -1, n_pixels)
+    place = encoder._from_patches(numbers).flatten().long()  # the patch of each value
+    return torch.bincount(place, minlength=encoder.n_tokens).double()
+
+
+def _loss_of(out: MaskedOutput) -> Tensor:
+    if out.loss is None:
+        raise UserError("mask_ratio=0 hides nothing, so there is nothing to learn: use 0.2.")
+    return out.loss
+
+
+def objective_for(
+    module: nn.Module, atlas: Atlas, *, masks: Literal["unbiased", "reference"] = "unbiased"
+) -> Objective:
+    """The pretraining objective of an encoder; `masks` are Brain-JEPA's."""
     if isinstance(module, BrainJEPA):
-        return BrainJEPAObjective(module, momentum=momentum)
+        return BrainJEPAObjective(module, masks=masks)
     assert isinstance(module, (BrainLM, BrainLMImage))
     return BrainLMObjective(module, atlas)
+
+
+def interpolated(
+    bold: Float[Tensor, "b p t"], hidden: Bool[Tensor, "b p t"]
+) -> Float[Tensor, "b p t"]:
+    """The signal with its hidden frames filled by linear interpolation in time.
+
+    Between the nearest visible frames of the same parcel; before the first and after the last
+    that frame itself; a parcel with no visible frame takes the mean of the recording's visible
+    values.
+    """
+    n_trs = bold.shape[-1]
+    frame = torch.arange(n_trs, device=bold.device).expand_as(hidden)
+    before = frame.masked_fill(hidden, -1).cummax(-1).values
+    after = frame.masked_fill(hidden, n_trs).flip(-1).cummin(-1).values.flip(-1)
+    left = torch.where(before < 0, after, before).clamp_max(n_trs - 1)
+    right = torch.where(after == n_trs, before, after).clamp_min(0)
+    share = (frame - left).to(bold.dtype) / (right - left).clamp_min(1)
+    filled = torch.lerp(bold.gather(-1, left), bold.gather(-1, right), share)
+    seen = ~hidden
+    level = (bold * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
+    nowhere = hidden.all(-1, keepdim=True)
+    return torch.where(nowhere, level[:, None, None], filled)

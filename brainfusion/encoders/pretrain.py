@@ -4,148 +4,197 @@ Batches, masks and schedules are pure functions of (seed, step, rank), so a resu
 for bit and there is nothing to restore but weights and optimiser.
 """
 
+import dataclasses
+import functools
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from brainfusion.data.cohort import Cohort
-from brainfusion.encoders.checkpoints import (
-    build,
-    describe_training_data,
-    encoder_weights,
-    load_into,
-)
-from brainfusion.encoders.objectives import Objective, objective_for
-from brainfusion.encoders.pretrain_config import OptimConfig, PretrainConfig
+from brainfusion.data.prefetch import Prefetch
+from brainfusion.encoders import boards, parallel, resume
+from brainfusion.encoders.checkpoints import build
+from brainfusion.encoders.objectives import objective_for
+from brainfusion.encoders.online_probe import OnlineProbe
+from brainfusion.encoders.optimiser import apply_schedule, groups, target_momentum
+from brainfusion.encoders.pretrain_config import PretrainConfig
 from brainfusion.encoders.pretrain_inputs import PretrainInputs
-from brainfusion.runtime import checkpoint, config, files, schedules
-from brainfusion.runtime.distributed import Ranks, barrier, mean_over_ranks
-from brainfusion.runtime.errors import CheckpointError, NonFiniteError, UserError
-from brainfusion.runtime.logs import MetricsLog, Progress, read_metrics, say
-from brainfusion.runtime.memory import peak_mib
+from brainfusion.encoders.validation import Validation, collapse_alarm
+from brainfusion.runtime import checkpoint, config, files, watchdog
+from brainfusion.runtime.distributed import Ranks, barrier, check_same, mean_over_ranks
+from brainfusion.runtime.logs import MetricsLog, Progress, log_file, read_metrics, say
+from brainfusion.runtime.memory import device_peak_mib, peak_mib
+from brainfusion.runtime.meter import Meter
+from brainfusion.runtime.signals import Stopped, StopSignals
 
 
 def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: Ranks) -> Path:
     """Train until `optim.steps`; returns the last checkpoint. Called again, it resumes.
 
     Raises:
-        UserError: The cohort does not fit the encoder.
+        UserError: The cohort does not fit the encoder, or processes do not see the same.
         CheckpointError: The run was made with another config, or on another state of the cohort.
         NonFiniteError: A loss was not finite on some rank; all ranks stop together.
+        Stopped: SIGTERM or SIGUSR1 came; a checkpoint was written first.
     """
-    optim, run = settings.optim, settings.run
-    if optim.batch_size % ranks.world_size:
-        raise UserError(
-            f"optim.batch_size={optim.batch_size} does not divide over {ranks.world_size} "
-            f"processes: use a multiple of {ranks.world_size}."
-        )
+    parallel.check_shares(settings, ranks)
+    if settings.watch.tensorboard:
+        boards.check_installed()
 
     # -- data ----------------------------------------------------------------------------------
     inputs = PretrainInputs.fit(settings, cohort)
+    settings = dataclasses.replace(settings, optim=settings.optim.sized(len(inputs.train_rows)))
+    optim, run, watch, efficiency = (
+        settings.optim, settings.run, settings.watch, settings.efficiency,
+    )  # fmt: skip
+    check_same(resume.facts(settings, inputs, cohort), ranks)
 
-    # -- model, optimiser ----------------------------------------------------------------------
+    # -- model ---------------------------------------------------------------------------------
     torch.manual_seed(run.seed)
     encoder = build(settings.model, settings.encoder, cohort, inputs.train_rows)
-    objective = objective_for(encoder, cohort.atlas, momentum=optim.momentum).to(ranks.device)
-    optimizer = torch.optim.AdamW(_groups(objective), lr=optim.lr, betas=optim.betas)
-
-    # -- resume --------------------------------------------------------------------------------
-    start = 0
-    if checkpoint.steps(run_dir):
-        start = _resume(settings, run_dir, cohort, encoder, optimizer)
+    objective = objective_for(encoder, cohort.atlas, masks=optim.masks).to(ranks.device)
+    n_parameters = sum(p.numel() for p in encoder.parameters())
+    start = resume.resume(settings, run_dir, cohort, encoder, ranks)
     if start >= optim.steps and (run_dir / "summary.json").exists():
-        if ranks.is_main:
-            say(f"{run_dir} is already trained to step {start}; --restart trains it anew.")
+        say(f"{run_dir} is already trained to step {start}; --restart trains it anew.")
         return checkpoint.newest(run_dir)
     if ranks.is_main:
         files.check_writable(run_dir)
         config.save(run_dir / "config.yaml", settings)
-        n_weights = sum(p.numel() for p in encoder.parameters())
+        watchdog.clear(run_dir / "ranks")
+    barrier()
+    if efficiency.activation_checkpointing:
+        encoder.set_activation_checkpointing(True)  # type: ignore[operator]
+    if efficiency.compile:
+        objective.compile()
+    module = parallel.distribute(objective, settings, ranks)
+
+    # -- optimiser -----------------------------------------------------------------------------
+    optimizer = torch.optim.AdamW(groups(objective), lr=optim.lr, betas=optim.betas)
+    if start:
+        parallel.load_optimizer(
+            run_dir, objective=objective, optimizer=optimizer, settings=settings
+        )
+    state = resume.state_of(settings, inputs, cohort, ranks)
+    save = functools.partial(
+        parallel.save, run_dir, objective=objective, optimizer=optimizer, state=state,
+        settings=settings, ranks=ranks,
+    )  # fmt: skip
+    autocast = functools.partial(
+        torch.autocast,
+        ranks.device.type,
+        torch.bfloat16,
+        enabled=efficiency.precision == "bfloat16",
+    )
+
+    # -- what watches it -----------------------------------------------------------------------
+    evaluate = Validation(settings, inputs, objective, ranks)
+    probe = OnlineProbe(settings, inputs, cohort, objective, ranks) if watch.probe_every else None
+
+    def make(step: int) -> tuple[Tensor, list[Tensor]]:
+        """This rank's windows and random draws of a step."""
+        bold = inputs.batch(optim.batch_size, seed=run.seed, step=step, ranks=ranks)
+        draws = objective.draw(optim.batch_size, seed=run.seed, step=step)
+        return torch.from_numpy(bold), [draw[ranks.rank :: ranks.world_size] for draw in draws]
+
+    with (
+        log_file(run_dir / "run.log"),
+        StopSignals() as signals,
+        watchdog.Watchdog(run_dir / "ranks", ranks, limit_s=watch.watchdog_s) as place,
+        Prefetch(
+            make, start, optim.steps, depth=efficiency.prefetch, workers=efficiency.workers,
+            pin=ranks.device.type == "cuda",
+        ) as batches,
+    ):  # fmt: skip
         say(
-            f"pretraining {settings.model} ({n_weights:,} parameters) on {len(inputs.train_rows)} "
-            f"recordings of '{cohort.name}', {ranks.world_size} process(es), {ranks.device.type}"
+            f"pretraining {settings.model} ({n_parameters:,} parameters) on "
+            f"{len(inputs.train_rows)} recordings of '{cohort.name}', {optim.steps} steps of "
+            f"{optim.batch_size} windows, {ranks.world_size} process(es), {ranks.device.type}"
             + (f", resumed at step {start}" if start else "")
         )
-    barrier()
-    if settings.efficiency.activation_checkpointing:
-        encoder.set_activation_checkpointing(True)  # type: ignore[operator]
-    if settings.efficiency.compile:
-        objective.compile()
-    module: nn.Module = objective
-    if ranks.world_size > 1:
-        cuda = [ranks.device.index] if ranks.device.type == "cuda" else None
-        module = DistributedDataParallel(objective, device_ids=cuda)
-    log = MetricsLog(run_dir / "metrics.jsonl", active=ranks.is_main, resume_step=start or None)
-    progress = Progress(settings.model, optim.steps, start=start, active=ranks.is_main)
-    evaluate = _Validation(settings, inputs, objective, ranks)
-    begin, validation = time.monotonic(), evaluate()
-    if start == 0:
-        log.write(step=0, **validation)
+        log = MetricsLog(run_dir / "metrics.jsonl", active=ranks.is_main, resume_step=start or None)
+        board = boards.Board(run_dir / "board", active=watch.tensorboard and ranks.is_main)
+        progress = Progress(settings.model, optim.steps, start=start, active=ranks.is_main)
+        begin, validation = time.monotonic(), evaluate()
+        if start == 0:
+            log.write(step=0, **validation, **(probe() if probe else {}))
+        first = read_metrics(run_dir / "metrics.jsonl")[:1] if ranks.is_main else []
+        note = f"validation {validation['validation_loss']:.4f}"
+        meter, n_windows, collapsed = Meter(), 0, False
 
-    # -- the loop ------------------------------------------------------------------------------
-    note = f"validation {validation['validation_loss']:.4f}"
-    for step in range(start, optim.steps):
-        seed_dropout(run.seed, step, ranks.rank)
-        lr, decay = schedule(optim, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = decay if group["decays"] else 0.0
-        bold = inputs.batch(optim.batch_size, seed=run.seed, step=step, ranks=ranks)
-        batch = torch.from_numpy(bold).to(ranks.device)
-        draws = objective.draw(optim.batch_size, seed=run.seed, step=step)
-        draws = [draw[ranks.rank :: ranks.world_size].to(ranks.device) for draw in draws]
+        # -- the loop --------------------------------------------------------------------------
+        for step in range(start, optim.steps):
+            place.at(f"reading the batch of step {step}")
+            batch, draws = next(batches)
+            batch, *draws = (x.to(ranks.device, non_blocking=True) for x in (batch, *draws))
+            seed_dropout(run.seed, step, ranks.rank)
+            lr, decay = apply_schedule(optimizer, optim, step)
 
-        with _autocast(settings, ranks):
-            loss = module(batch, *draws)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(objective.parameters(), optim.clip or float("inf"))
-        _check_finite(loss, norm, step, ranks)
-        optimizer.step()
-        objective.after_step(step + 1, optim.steps)
-
-        done = step + 1
-        fresh = done % run.validate_every == 0 or done == optim.steps
-        if fresh:
-            validation = evaluate()
-        if fresh or done % run.log_every == 0:
-            seen = (done - start) * optim.batch_size
-            mean_loss = float(mean_over_ranks(loss))
-            note = f"loss {mean_loss:.4f}, validation {validation['validation_loss']:.4f}"
-            log.write(
-                step=done,
-                loss=mean_loss,
-                lr=lr,
-                weight_decay=decay,
-                grad_norm=float(norm),
-                windows_per_s=seen / (time.monotonic() - begin),
-                **(validation if fresh else {}),
+            place.at(f"the loss and the all_reduce of gradients of step {step}", waits=True)
+            optimizer.zero_grad(set_to_none=True)
+            loss = parallel.accumulate(
+                module, batch, draws, n_parts=efficiency.accumulation, autocast=autocast
             )
-        progress.update(done, note)
-        if ranks.is_main and (done % run.save_every == 0 or done == optim.steps):
-            checkpoint.save(
-                run_dir,
-                done,
-                weights=encoder_weights(encoder),
-                optimizer=optimizer.state_dict(),
-                state={
-                    "model": settings.model,
-                    "config": config.to_dict(settings),
-                    "config_class": type(settings.encoder).__name__,
-                    "conditioning": inputs.conditioning.to_dict(),
-                    **describe_training_data(cohort, inputs.train_rows),
-                },
-                keep_last=run.keep_last,
+            norm = parallel.clip(objective, optim.clip)
+            rows = functools.partial(inputs.rows_of, optim.batch_size, run.seed, step, ranks)
+            stopping = parallel.agree(
+                loss, norm, step, ranks, stop=signals.received is not None, rows=rows
             )
+            optimizer.step()
+            objective.after_step(target_momentum(optim, step))
+
+            done, n_windows = step + 1, n_windows + optim.batch_size
+            last = done == optim.steps
+            fresh = done % watch.validate_every == 0 or last
+            row: dict[str, float] = {}
+            if fresh:
+                meter.pause()
+                place.at(f"the validation after step {step}", waits=True)
+                row = validation = evaluate()
+                evaluate.save_reconstruction(run_dir / "reconstruction.npz")
+                alarm = collapse_alarm(first[0], validation) if first else None
+                if alarm and not collapsed:
+                    say(f"step {done}: {alarm}")
+                collapsed = alarm is not None
+                meter.go_on()
+            if probe and (done % watch.probe_every == 0 or last):
+                meter.pause()
+                place.at(f"the probe after step {step}", waits=True)
+                row = {**row, **probe()}
+                meter.go_on()
+            if row or done % watch.log_every == 0:
+                place.at(f"the mean of the losses of step {step}", waits=True)
+                mean_loss = float(mean_over_ranks(loss))
+                note = f"loss {mean_loss:.4f}, validation {validation['validation_loss']:.4f}"
+                row = {
+                    "loss": mean_loss,
+                    "lr": lr,
+                    "weight_decay": decay,
+                    "grad_norm": float(norm),
+                    **meter.read(n_windows, batches.waited_s),
+                    **device_peak_mib(ranks.device),
+                    "peak_mib": peak_mib(),
+                    **row,
+                }
+                n_windows = 0
+                log.write(step=done, **row)
+                board.write(step=done, **row)
+            progress.update(done, note)
+            if done % watch.save_every == 0 or last or stopping:
+                place.at(f"writing the checkpoint of step {done}")
+                save(done)
+            if stopping and not last:
+                say(f"asked to stop: saved step {done}; the same command goes on from there.")
+                barrier()
+                raise Stopped(f"at step {done}")
+        place.at("the end", waits=True)
+        log.close()
+        board.close()
 
     # -- summary -------------------------------------------------------------------------------
-    log.close()
     if ranks.is_main:
         rows = read_metrics(run_dir / "metrics.jsonl")  # those before a resume too
         files.write_json(
@@ -153,7 +202,7 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
             {
                 "model": settings.model,
                 "n_steps": optim.steps,
-                "n_parameters": sum(p.numel() for p in encoder.parameters()),
+                "n_parameters": n_parameters,
                 "seconds": round(time.monotonic() - begin, 2),
                 "world_size": ranks.world_size,
                 "final_loss": rows[-1].get("loss"),
@@ -166,149 +215,6 @@ def pretrain(settings: PretrainConfig, cohort: Cohort, run_dir: Path, *, ranks: 
     return checkpoint.newest(run_dir)
 
 
-class _Validation:
-    """The loss on fixed windows and fixed masks of validation people, shared over the ranks."""
-
-    def __init__(
-        self,
-        settings: PretrainConfig,
-        inputs: PretrainInputs,
-        objective: Objective,
-        ranks: Ranks,
-    ) -> None:
-        self._settings, self._objective, self._ranks = settings, objective, ranks
-        rows = inputs.validation_rows
-        n_rows = min(len(rows), settings.run.n_validation)
-        n_rows -= n_rows % ranks.world_size
-        if not n_rows:
-            raise UserError(
-                f"{len(rows)} validation recordings (at most {settings.run.n_validation} are used) "
-                f"do not go round {ranks.world_size} processes: use fewer processes, or a larger "
-                "--n-validation."
-            )
-        draws = objective.draw(n_rows, seed=settings.run.seed, step=2**31)
-        mine = slice(ranks.rank, None, ranks.world_size)
-        windows = [inputs.first_window(row) for row in rows[:n_rows][mine]]
-        self._bold = torch.from_numpy(np.stack(windows))
-        self._draws: list[Tensor] = [draw[mine] for draw in draws]
-
-    @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
-        """The mean over chunks and ranks."""
-        self._objective.eval()
-        rows, pooled = len(self._bold), []
-        totals: dict[str, float] = {}
-        for part in zip(*(x.split(16) for x in (self._bold, *self._draws)), strict=True):
-            batch, *draws = (x.to(self._ranks.device) for x in part)
-            values = {"validation_loss": float(self._objective(batch, *draws))}
-            values |= self._objective.diagnose(batch, draws)
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value * len(batch) / rows
-            pooled.append(self._objective.pooled(batch))
-        self._objective.train()
-        means = mean_over_ranks(torch.tensor(list(totals.values()), device=self._ranks.device))
-        return dict(zip(totals, means.tolist(), strict=True)) | self._spread(pooled)
-
-    def _spread(self, parts: list[Tensor | None]) -> dict[str, float]:
-        """Standard deviation of features over all ranks' windows; one window alone has none."""
-        found = [part for part in parts if part is not None]
-        if not found or len(self._bold) * self._ranks.world_size < 2:
-            return {}
-        x = torch.cat(found).double()
-        mean, square = mean_over_ranks(torch.stack([x.mean(0), x.square().mean(0)]))
-        return {"feature_std": float((square - mean.square()).clamp_min(0).sqrt().mean())}
-
-
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make torch's own draws of this step, dropout, a function of (seed, step, rank)."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
-
-
-def _groups(objective: nn.Module) -> list[dict[str, Any]]:
-    """Weights decay; biases, norms, tokens and other vectors do not."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    tokens = {id(p) for name, p in objective.named_parameters() if name.endswith("_token")}
-    matrices = [p for p in trained if p.ndim > 1 and id(p) not in tokens]
-    chosen = {id(p) for p in matrices}
-    vectors = [p for p in trained if id(p) not in chosen]
-    return [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}]
-
-
-def schedule(optim: OptimConfig, step: int) -> tuple[float, float]:
-    """Learning rate and weight decay of optimiser step `step`, from 0.
-
-    As Brain-JEPA's schedulers, which are stepped before the first batch: the first step takes
-    their first value past the start.
-    """
-    lr = schedules.warmup_cosine(
-        step + 1,
-        start=optim.lr * 0.05,
-        peak=optim.lr,
-        end=optim.lr_end,
-        n_warmup=optim.warmup_share * optim.steps,
-        n_steps=optim.steps,
-    )
-    return lr, schedules.cosine(step + 1, optim.weight_decay, optim.weight_decay_end, optim.steps)
-
-
-def _resume(
-    settings: PretrainConfig,
-    run_dir: Path,
-    cohort: Cohort,
-    encoder: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    folder = checkpoint.newest(run_dir)
-    state = checkpoint.load_state(folder)
-    before, now = dict(state["config"]), config.to_dict(settings)
-    del before["efficiency"], now["efficiency"]  # these may change
-    if changed := _differences(before, now):
-        raise CheckpointError(
-            f"{run_dir} was trained with another config ({'; '.join(changed)}): give another "
-            "--out, or --restart to train it anew."
-        )
-    for name, hash_now in (("cohort", cohort.hash), ("splits", cohort.splits().hash)):
-        if (hash_before := state.get(f"{name}_hash", hash_now)) != hash_now:
-            raise CheckpointError(
-                f"{run_dir} was trained on another state of the cohort ({name} {hash_before}, now "
-                f"{hash_now}): give another --out, or --restart to train it anew."
-            )
-    load_into(encoder, folder)
-    optimizer.load_state_dict(checkpoint.load_optimizer(folder))
-    return int(state["step"])
-
-
-def _differences(before: Any, now: Any, where: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = sorted({*before, *now})
-        return [
-            text
-            for name in names
-            for text in _differences(before.get(name), now.get(name), f"{where}.{name}".strip("."))
-        ]
-    return [] if before == now else [f"{where}: {before} -> {now}"]
-
-
-def _autocast(settings: PretrainConfig, ranks: Ranks) -> torch.autocast:
-    on = settings.efficiency.precision == "bfloat16"
-    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=on)
-
-
-def _check_finite(loss: Tensor, norm: Tensor, step: int, ranks: Ranks) -> None:
-    """Stop all ranks together before the weights are spoilt, naming the ranks that are to blame.
-
-    `norm`, of the gradients, is the same on all of them.
-    """
-    bad = torch.zeros(ranks.world_size, device=loss.device)
-    bad[ranks.rank] = float(not torch.isfinite(loss.detach()))
-    if ranks.world_size > 1:
-        dist.all_reduce(bad)
-    if bad.any() or not torch.isfinite(norm):
-        culprits = bad.nonzero().flatten().tolist()
-        what = f"loss is not finite at step {step} on rank(s) {culprits}"
-        if not culprits:
-            what = f"gradient is not finite at step {step}, though the loss is"
-        raise NonFiniteError(
-            f"the {what}: lower --lr, and check the cohort's recordings with Cohort.validate(). "
-            "Checkpoints are from before this step."
-        )

@@ -4,6 +4,7 @@ Shape legend: b windows, p parcels, t TRs of a window.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +80,17 @@ class PretrainInputs:
             step: The optimiser step, from 0.
             ranks: This process among all.
         """
+        return self._windows(self._whole, batch_size, seed=seed, step=step, ranks=ranks)
+
+    def _windows(
+        self,
+        transform: Callable[[np.ndarray, int], np.ndarray],
+        batch_size: int,
+        *,
+        seed: int,
+        step: int,
+        ranks: Ranks,
+    ) -> np.ndarray:
         return training_windows(
             self.recordings,
             self.train_rows,
@@ -88,9 +100,26 @@ class PretrainInputs:
             step=step,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            transform=self._whole,
+            transform=transform,
             frames=self.data.frames,
         )
+
+    def rows_of(
+        self, batch_size: int, seed: int, step: int, ranks: Ranks
+    ) -> tuple[list[int], list[int]]:
+        """Index rows of this rank's recordings in a step's batch, and those that are not finite.
+
+        The batch is read again: this is for the error that names them.
+        """
+        rows: list[int] = []
+
+        def noted(bold: np.ndarray, row: int) -> np.ndarray:
+            rows.append(row)
+            return self._whole(bold, row)
+
+        windows = self._windows(noted, batch_size, seed=seed, step=step, ranks=ranks)
+        bad = [not np.isfinite(window).all() for window in windows]
+        return rows, [row for row, is_bad in zip(rows, bad, strict=True) if is_bad]
 
     def first_window(self, row: int) -> np.ndarray:
         """The window [p, t] with which a recording begins."""

@@ -1,8 +1,10 @@
 """Training checkpoints: folders that are whole or absent, the newest found by name."""
 
+import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,23 @@ def save(
     step: int,
     *,
     weights: dict[str, Tensor],
-    optimizer: dict[str, Any],
+    optimizer: dict[str, Any] | Callable[[Path], None],
     state: dict[str, Any],
     keep_last: int = 2,
+    keep_every: int = 0,
 ) -> Path:
-    """Write `run_dir/checkpoints/step-NNNNNNN`, then drop all but the newest `keep_last`.
+    """Write `run_dir/checkpoints/step-NNNNNNN`, then drop older ones.
 
     What an earlier process left of a checkpoint when it was killed is cleared away.
+
+    Args:
+        run_dir: Of the run.
+        step: Optimiser steps that were taken.
+        weights: The model.
+        optimizer: Its state, or what writes that into a folder (shards of several processes).
+        state: All else, as JSON.
+        keep_last: The newest so many are kept.
+        keep_every: Those at multiples of this step are kept, too; 0: no others.
 
     Raises:
         UserError: The disk is full or not writable; the checkpoints before it are untouched.
@@ -40,13 +52,28 @@ def save(
     try:
         with atomic_folder(target) as folder:
             save_weights(folder / "model.safetensors", weights)
-            _save_optimizer(folder / "optimizer.pt", optimizer)
+            if callable(optimizer):
+                optimizer(folder / "optimizer")
+            else:
+                _save_optimizer(folder / "optimizer.pt", optimizer)
             write_json(folder / "state.json", {"format": FORMAT, "step": step, **state})
+            _to_disk(folder)
     except OSError as error:
         raise _unwritten(target, error.strerror) from error
     for old in steps(run_dir)[:-keep_last]:
-        shutil.rmtree(old)
+        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            shutil.rmtree(old)
     return target
+
+
+def _to_disk(folder: Path) -> None:
+    """Wait until all of it is on the disk: a name that survives a power cut holds its content."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:

@@ -77,6 +77,39 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def gather_rows(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The rows of all ranks, dealt out as rank, rank + world_size, ...: in their first order.
+
+    Every rank must have equally many.
+    """
+    if ranks.world_size == 1:
+        return rows
+    found = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+    dist.all_gather(found, rows.contiguous())
+    return torch.stack(found, dim=1).flatten(0, 1)
+
+
+def check_same(facts: dict[str, object], ranks: Ranks) -> None:
+    """Check that all ranks have the same `facts`: named values that decide what they train on.
+
+    Raises:
+        UserError: On all ranks; what differs is named with the ranks' values.
+    """
+    if ranks.world_size == 1:
+        return
+    found: list[dict[str, object]] = [{} for _ in range(ranks.world_size)]
+    dist.all_gather_object(found, facts)
+    for name in facts:
+        values = [one[name] for one in found]
+        other = next((i for i, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise UserError(
+                f"rank {other} has {name} {values[other]} where rank 0 has {values[0]}: every "
+                "process must read the same cohort with the same options; check what each node "
+                "sees at that path."
+            )
+
+
 def _device(name: str, local_rank: int) -> torch.device:
     """The device of this process: 'auto' and 'cuda' give each local rank its own."""
     n_cuda = torch.cuda.device_count()

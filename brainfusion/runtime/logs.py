@@ -4,10 +4,27 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from brainfusion.runtime.files import write_text
+
+_files: list[Path] = []  # where lines go beside the terminal: those of the blocks now open
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Inside the block, what is said goes to the end of a file, too: plain lines with their time.
+
+    Every process may open the same file: only those that speak write.
+    """
+    _files.append(path)
+    try:
+        yield
+    finally:
+        _files.remove(path)
 
 
 def say(text: str) -> None:
@@ -16,12 +33,24 @@ def say(text: str) -> None:
     Of the processes that torchrun starts only the first speaks: they all do the same.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Print a line on standard error, whichever process it is."""
+    print(text, file=sys.stderr, flush=True)
+    _record(text)
 
 
 def complain(text: str) -> None:
     """Print an error as one line on standard error, whichever process it is."""
     print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _record(text: str) -> None:
+    for path in _files:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 class MetricsLog:
@@ -61,11 +90,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A line of progress with the time left; rewritten on a terminal, repeated in a log."""
+    """A line of progress with the time left; rewritten on a terminal, repeated in a log.
+
+    An open `log_file` gets a plain line every ten seconds at most, terminal or not.
+    """
 
     def __init__(self, label: str, n_steps: int, *, start: int = 0, active: bool = True) -> None:
         self._label, self._n_steps, self._start, self._active = label, n_steps, start, active
-        self._begin = self._last = time.monotonic()
+        self._begin = self._last = self._recorded = time.monotonic()
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def update(self, step: int, note: str = "") -> None:
@@ -82,3 +114,6 @@ class Progress:
             print(f"\r\x1b[K{text}", end="\n" if done else "", file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
+        if done or now - self._recorded >= 10.0:
+            self._recorded = now
+            _record(text)

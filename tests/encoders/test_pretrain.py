@@ -13,18 +13,20 @@ from safetensors.torch import load_file
 from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.splits import Splits
-from brainfusion.encoders import create, pretrain, pretrain_inputs
+from brainfusion.encoders import create, optimiser, pretrain, pretrain_inputs
 from brainfusion.encoders.brainlm import BrainLM
 from brainfusion.encoders.checkpoints import load_pretrained
 from brainfusion.encoders.mae import MaskedOutput
-from brainfusion.encoders.objectives import BrainJEPAObjective, BrainLMObjective, objective_for
-from brainfusion.encoders.pretrain import schedule
+from brainfusion.encoders.objectives import BrainLMObjective, objective_for
+from brainfusion.encoders.optimiser import schedule, target_momentum
+from brainfusion.encoders.parallel import agree
 from brainfusion.encoders.pretrain_config import (
     DataConfig,
     EfficiencyConfig,
     OptimConfig,
     PretrainConfig,
     RunConfig,
+    WatchConfig,
 )
 from brainfusion.runtime import checkpoint, config
 from brainfusion.runtime.distributed import Ranks
@@ -43,9 +45,11 @@ from tests.encoders.tiny_cohort import (
 
 MODELS = ("brainlm", "brainjepa")
 DIAGNOSED = {
-    "brainlm": {"masked_r2"},
-    "brainjepa": {"feature_std", "loss_of_mean_target"},
+    "brainlm": {"masked_r2", "interpolation_r2", "r2_over_interpolation"},
+    "brainjepa": {"loss_of_mean_target"},
 }
+SPREAD = {"target_std", "feature_std", "effective_rank"}
+TIMES = {"windows_per_s", "wait_share", "peak_mib"}
 
 
 def run(options: PretrainConfig, cohort: Cohort, run_dir: Path) -> Path:
@@ -61,7 +65,7 @@ def same_tensors(a: Path, b: Path) -> None:
 
 def curve(run_dir: Path) -> list[dict]:
     rows = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "windows_per_s"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +99,9 @@ def test_a_run_leaves_what_the_report_reads(whole):
     model, run_dir, last = whole
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 3, 4, 6]
-    validated = {"validation_loss", *DIAGNOSED[model]}
+    validated = {"validation_loss", *DIAGNOSED[model], *SPREAD}
     assert rows[0].keys() == {"step", *validated}
-    logged = {"step", "loss", "lr", "weight_decay", "grad_norm", "windows_per_s"}
+    logged = {"step", "loss", "lr", "weight_decay", "grad_norm", *TIMES}
     for row in rows[1:]:
         assert row.keys() == logged | (validated if row["step"] % 3 == 0 else set())
         lr, decay = schedule(settings(model).optim, row["step"] - 1)
@@ -324,15 +328,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_a_checkpoint(c
     assert all(value.isfinite().all() for value in checkpoint.load_weights(newest).values())
 
 
-def test_the_rank_and_the_step_of_a_bad_loss_are_named():
+def test_the_rank_the_step_and_the_recordings_of_a_bad_loss_are_named():
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
-    pretrain._check_finite(good, good, 7, Ranks())
+
+    def rows() -> tuple[list[int], list[int]]:
+        return list(range(12, 0, -1)), [3]
+
+    assert not agree(good, good, 7, Ranks(), rows=rows)
+    assert agree(good, good, 7, Ranks(), rows=rows, stop=True)
     with pytest.raises(
-        NonFiniteError, match=r"the loss is not finite at step 7 on rank\(s\) \[0\]"
+        NonFiniteError,
+        match=r"the loss is not finite at step 7 on rank\(s\) \[0\], with recordings "
+        r"\[1, 2, 3, 4, 5, 6, 7, 8\] and 4 more \(rows .*; of these, \[3\] have values that",
     ):
-        pretrain._check_finite(bad, bad, 7, Ranks())
+        agree(bad, bad, 7, Ranks(), rows=rows)
     with pytest.raises(NonFiniteError, match="the gradient is not finite at step 7, though the"):
-        pretrain._check_finite(good, good / 0.0, 7, Ranks())
+        agree(good, good / 0.0, 7, Ranks(), rows=rows)
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_before_anything_is_written(
@@ -421,14 +432,23 @@ def test_an_unknown_standardiser_names_the_nearest(cohort, tmp_path):
         (OptimConfig, {"lr": float("nan")}),
         (OptimConfig, {"clip": -1.0}),
         (OptimConfig, {"warmup_share": 1.5}),
+        (OptimConfig, {"lr_start_share": -0.1}),
+        (OptimConfig, {"epochs": -1.0}),
+        (OptimConfig, {"steps": 5, "epochs": 5.0}),
         (OptimConfig, {"betas": (0.9, 1.0)}),
         (OptimConfig, {"momentum": (0.9, 1.1)}),
         (RunConfig, {"seed": -1}),
-        (RunConfig, {"log_every": 0}),
-        (RunConfig, {"validate_every": 0}),
-        (RunConfig, {"save_every": 0}),
-        (RunConfig, {"keep_last": 0}),
-        (RunConfig, {"n_validation": 0}),
+        (WatchConfig, {"log_every": 0}),
+        (WatchConfig, {"validate_every": 0}),
+        (WatchConfig, {"save_every": 0}),
+        (WatchConfig, {"keep_last": 0}),
+        (WatchConfig, {"keep_every": -1}),
+        (WatchConfig, {"n_validation": 0}),
+        (WatchConfig, {"n_probe": 7}),
+        (WatchConfig, {"watchdog_s": -1.0}),
+        (EfficiencyConfig, {"accumulation": 0}),
+        (EfficiencyConfig, {"prefetch": 0}),
+        (EfficiencyConfig, {"workers": 0}),
         (EfficiencyConfig, {"threads": -1}),
     ],
 )
@@ -440,8 +460,8 @@ def test_settings_out_of_range_are_refused_by_name(make, values):
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_decay_and_biases_norms_and_tokens_do_not(cohort, model):
     encoder = create(model, **config.to_dict(ENCODERS[model]))
-    objective = objective_for(encoder, cohort.atlas, momentum=(0.99, 1.0))
-    grouped = pretrain._groups(objective)
+    objective = objective_for(encoder, cohort.atlas)
+    grouped = optimiser.groups(objective)
     groups = {group["decays"]: {id(p) for p in group["params"]} for group in grouped}
     names = {True: set(), False: set()}
     for name, parameter in objective.named_parameters():
@@ -489,7 +509,7 @@ def test_masked_r2_of_known_predictions(monkeypatch):
         (torch.full_like(truth, float(mean)), 0.0),
         (2 * mean - truth, -3.0),
     ):
-        out = MaskedOutput(None, logits, x, hidden, hidden)
+        out = MaskedOutput(torch.tensor(0.0), logits, x, hidden, hidden)
         monkeypatch.setattr(encoder, "forward", lambda *_, out=out, **__: out)
         assert objective.diagnose(x, draws)["masked_r2"] == pytest.approx(expected, abs=1e-4)
 
@@ -497,7 +517,7 @@ def test_masked_r2_of_known_predictions(monkeypatch):
 @pytest.mark.parametrize("model", MODELS)
 def test_draws_are_pure_functions_of_seed_and_step(model):
     encoder = create(model, **config.to_dict(ENCODERS[model]))
-    objective = objective_for(encoder, ATLAS, momentum=(0.99, 1.0))
+    objective = objective_for(encoder, ATLAS)
 
     def draws(seed: int, step: int) -> list[torch.Tensor]:
         return objective.draw(4, seed=seed, step=step)
@@ -516,14 +536,18 @@ def test_a_mask_ratio_of_zero_has_nothing_to_learn(cohort, tmp_path):
         run(settings("brainlm", encoder=encoder), cohort, tmp_path)
 
 
-def test_the_target_encoders_momentum_is_a_ramp_over_the_optimiser_steps(monkeypatch):
-    encoder = create("brainjepa", **config.to_dict(ENCODERS["brainjepa"]))
-    objective = BrainJEPAObjective(encoder, momentum=(0.5, 1.0))
-    seen: list[float] = []
-    monkeypatch.setattr(encoder, "update_target", seen.append)
-    for step in (1, 2, 4):
-        objective.after_step(step, 4)
-    assert seen == [0.625, 0.75, 1.0]
+def test_the_target_encoders_momentum_is_a_ramp_over_the_optimiser_steps():
+    optim = OptimConfig(steps=4, momentum=(0.5, 1.0))
+    assert [target_momentum(optim, step) for step in (0, 1, 3)] == [0.625, 0.75, 1.0]
+
+
+def test_the_references_ramp_ends_where_the_reference_ends():
+    """One entry of a ramp of 300 epochs x 1000 batches is taken at each of 37,500 steps."""
+    optim = OptimConfig(steps=37_500, momentum=(0.996, 1.0), momentum_ramp="reference")
+    theirs = np.linspace(0.996, 1.0, 300 * 1000 + 1)
+    for step in (0, 1, 17, 20_000, 37_499):
+        assert target_momentum(optim, step) == pytest.approx(theirs[step], rel=1e-12)
+    assert round(target_momentum(optim, 37_499), 4) == 0.9965
 
 
 def test_a_single_validation_recording_has_no_spread_and_none_is_reported(cohort, tmp_path):
@@ -531,4 +555,4 @@ def test_a_single_validation_recording_has_no_spread_and_none_is_reported(cohort
     run(options, cohort, tmp_path)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert "loss_of_mean_target" in rows[0]
-    assert all("feature_std" not in row for row in rows)
+    assert all("feature_std" not in row and "effective_rank" not in row for row in rows)

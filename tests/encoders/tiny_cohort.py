@@ -14,7 +14,13 @@ from brainfusion.data.recordings import RecordingWriter
 from brainfusion.encoders.brainjepa import BrainJEPAConfig
 from brainfusion.encoders.brainlm import BrainLMConfig
 from brainfusion.encoders.brainlm_image import BrainLMImageConfig
-from brainfusion.encoders.pretrain_config import OptimConfig, PretrainConfig, RunConfig
+from brainfusion.encoders.pretrain_config import (
+    EfficiencyConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    WatchConfig,
+)
 
 N_PARCELS, N_TRS, TR_S = 16, 64, 2.0
 XYZ_MM = np.random.default_rng(7).uniform(-60, 60, size=(N_PARCELS, 3)).astype(np.float32)
@@ -37,21 +43,27 @@ IMAGE = BrainLMImageConfig(
 )  # fmt: skip
 
 
-def settings(model: str, *, encoder: Any = None, run: dict[str, Any] | None = None, **optim: Any):
-    """Settings of a short run; dropout is on where the model has it."""
+def settings(
+    model: str,
+    *,
+    encoder: Any = None,
+    run: dict[str, Any] | None = None,
+    efficiency: dict[str, Any] | None = None,
+    **optim: Any,
+):
+    """Settings of a short run; dropout is on where the model has it.
+
+    `run` takes the seed and what is watched.
+    """
+    watch = {"log_every": 2, "validate_every": 3, "save_every": 2, "n_validation": 4, **(run or {})}
+    seed = watch.pop("seed", 0)
     return PretrainConfig(
         model=model,
         encoder=ENCODERS[model] if encoder is None else encoder,
         optim=OptimConfig(**{"steps": 6, "batch_size": 4, "lr": 1e-2, **optim}),
-        run=RunConfig(
-            **{
-                "log_every": 2,
-                "validate_every": 3,
-                "save_every": 2,
-                "n_validation": 4,
-                **(run or {}),
-            }
-        ),
+        run=RunConfig(seed=seed),
+        watch=WatchConfig(**watch),
+        efficiency=EfficiencyConfig(**(efficiency or {})),
     )
 
 

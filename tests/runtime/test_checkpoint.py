@@ -193,3 +193,12 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_checkpoint_before_usable(tmp
     # The next run writes that step, and clears the remains away.
     check_usable(save(tmp_path, 2, keep_last=2), 2)
     assert names(tmp_path) == ["step-0000001", "step-0000002"]
+
+
+def test_the_last_few_and_every_nth_are_kept(tmp_path):
+    for step in range(2, 18, 2):
+        checkpoint.save(
+            tmp_path, step, weights={"w": torch.zeros(1)}, optimizer={}, state={},
+            keep_last=2, keep_every=6,
+        )  # fmt: skip
+    assert names(tmp_path) == [f"step-{step:07d}" for step in (6, 12, 14, 16)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from brainfusion.encoders.brainjepa import BrainJEPAConfig
 from brainfusion.encoders.brainlm import BrainLMConfig
 from brainfusion.encoders.brainlm_image import BrainLMImageConfig
-from brainfusion.encoders.pretrain_config import OptimConfig, PretrainConfig, RunConfig
+from brainfusion.encoders.pretrain_config import OptimConfig, PretrainConfig, RunConfig, WatchConfig
 from brainfusion.runtime import config
 from brainfusion.runtime.errors import UserError
 
@@ -85,7 +85,7 @@ def test_the_config_of_a_run_survives_its_file(tmp_path, model, encoder):
     assert config.from_dict(PretrainConfig, values) == settings
     other = PretrainConfig(model=model, encoder=type(encoder)(), run=RunConfig(seed=5))
     assert config.updated(other, values) == settings
-    assert values["run"]["log_every"] == RunConfig().log_every  # complete with its defaults
+    assert values["watch"]["log_every"] == WatchConfig().log_every  # complete with its defaults
 
 
 @pytest.mark.parametrize(

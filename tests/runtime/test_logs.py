@@ -105,3 +105,19 @@ def test_ranks_other_than_the_first_show_nothing(clock, capsys):
 def test_words_go_to_standard_error_and_leave_standard_output_to_results(capsys):
     logs.say("hello")
     assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_what_is_said_goes_to_the_log_file_too_with_its_time(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run.log"
+    with logs.log_file(path):
+        logs.say("one")
+        logs.warn("two")
+        monkeypatch.setenv("RANK", "1")
+        logs.say("of another rank")
+        Progress("brainlm", 5).update(5, "loss 1")
+    logs.say("afterwards")
+    lines = path.read_text().splitlines()
+    assert [line[20:] for line in lines] == ["one", "two", "brainlm: 5/5, 0 s, loss 1"]
+    for line in lines:
+        logs.time.strptime(line[:19], "%Y-%m-%d %H:%M:%S")
+    assert "of another rank" not in capsys.readouterr().err

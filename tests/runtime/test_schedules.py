@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainfusion.encoders.pretrain import schedule
+from brainfusion.encoders.optimiser import schedule
 from brainfusion.encoders.pretrain_config import OptimConfig
 from brainfusion.runtime.schedules import cosine, linear, warmup_cosine
 
