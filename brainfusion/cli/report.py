@@ -1,7 +1,8 @@
 """`brainfusion report`: gather a workspace's numbers and draw them as one HTML page.
 
 Writes <workspace>/results.json and report.html (one file, no network) from what pretrain, align,
-retrieve and probe have left there, and prints what was found in a few sentences.
+retrieve and probe have left there, and prints what was found in a few sentences. Given the folder
+of a pretraining run, draws that run instead, into its report.html; it may still be going on.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from brainfusion.runtime.logs import say
 class ReportOptions:
     """Options of `brainfusion report`."""
 
+    run: tyro.conf.Positional[Path | None] = None
+    """The folder of a pretraining run, to draw that alone."""
     brain: str = "brainjepa"
     """Brain features of the alignment to report."""
     dna: tuple[str, ...] = ("evo2",)
@@ -39,12 +42,25 @@ def main(argv: list[str]) -> int:
     from brainfusion.eval.verdict import verdict
 
     options = parse(ReportOptions, argv, prog="brainfusion report", description=__doc__ or "")
+    if options.run is not None:
+        return _report_pretraining(options.run)
     workspace = Workspace.of(options.place)
     results = gather(workspace, options.brain, dna_models(options.dna))
     write_json(workspace.root / "results.json", results)
     page = write_report(workspace.root)
     print("\n".join(verdict(results)))
     say(f"written: {workspace.root / 'results.json'}, {page}")
+    return 0
+
+
+def _report_pretraining(folder: Path) -> int:
+    """Draw one pretraining run, and print how it stands."""
+    from brainfusion.eval.pretraining_run import read_run
+    from brainfusion.eval.report_pretraining import status, write_pretraining_report
+
+    page = write_pretraining_report(folder)
+    print("\n".join(status(read_run(folder))))
+    say(f"written: {page}")
     return 0
 
 

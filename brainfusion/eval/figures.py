@@ -64,7 +64,7 @@ def losses(rows: Sequence[Row], *, name: str, label: str, best_step: int | None 
             ("log_n", "log N (guessing)", GREY, {"lw": 1.0, "ls": "--"}),
         ]
         for key, text, colour, look in looks:
-            steps, values = _curve(rows, key)
+            steps, values = curve(rows, key)
             if len(steps):
                 curves.append((steps, values))
                 marker = "o" if len(steps) <= 12 and "ms" in look else None
@@ -107,7 +107,7 @@ def validation_auc(rows: Sequence[Row], *, best_step: int | None = None) -> str:
     """The retrieval AUC on the validation people against the step, with chance."""
     with style():
         figure, axes = new_axes(2.5)
-        steps, values = _curve(rows, "validation_auc")
+        steps, values = curve(rows, "validation_auc")
         axes.plot(steps, values, color=INK, lw=1.4, marker="o", ms=3, label="validation AUC")
         axes.axhline(0.5, color=GREY, lw=1.0, ls="--", label="chance")
         _mark_best(axes, best_step)
@@ -309,7 +309,7 @@ def recall_interval(row: Row, k: int) -> tuple[float, float]:
     return float(lower[0]), float(upper[0])
 
 
-def _curve(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+def curve(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the rows that have `key`; long curves become means of blocks."""
     points = np.array(
         [(row["step"], number(row, key)) for row in rows if math.isfinite(number(row, key))]

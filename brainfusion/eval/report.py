@@ -7,9 +7,7 @@ that is not there yet is replaced by one line that names the command which makes
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from brainfusion.eval import figures
 from brainfusion.eval import report_sections as sections
 from brainfusion.eval.drawing import DIRECTION_COLOURS, GREY, INK
 from brainfusion.eval.forest import symbols
+from brainfusion.eval.report_parts import date_text, document
 from brainfusion.eval.report_probes import probes_section
 from brainfusion.eval.report_tables import cohort_section, provenance_section, stages_section
 from brainfusion.eval.report_training import training_section
@@ -91,21 +90,13 @@ def page(results: Row, workspace: Path) -> str:
         ("stages", "Stages", lambda: stages_section(results.get("stages") or [])),
         ("provenance", "Configuration and provenance", lambda: provenance_section(results)),
     ]
-    links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in parts)
-    body = "".join(
-        f'<section id="{key}"><h2>{heading}</h2>\n{make()}</section>\n'
-        for key, heading, make in parts
+    footer = (
+        "All figures on this page are in <code>results.json</code> beside it. Intervals are 95%. "
+        "AUC: the chance that a person's own partner is ranked above somebody else's, 0.5 when "
+        "guessing, whatever the size of the gallery."
     )
-    css = files("brainfusion.eval").joinpath("report.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body>\n{symbols()}\n"
-        f"<header>{_header(results)}</header>\n<nav>{links}</nav>\n<main>\n{body}</main>\n"
-        '<footer class="note">All figures on this page are in <code>results.json</code> beside it. '
-        "Intervals are 95%. AUC: the chance that a person's own partner is ranked above somebody "
-        "else's, 0.5 when guessing, whatever the size of the gallery.</footer>\n</body></html>\n"
-    )
+    made = [(key, heading, make()) for key, heading, make in parts]
+    return document(title, f"{symbols()}\n{_header(results)}", made, footer)
 
 
 # -- top of the page ---------------------------------------------------------------------------
@@ -123,7 +114,7 @@ def _header(results: Row) -> str:
         if alignment.get("brain") and alignment.get("dna")
         else None,
         f"{cohort['n_people']:,} people" if cohort.get("n_people") else None,
-        f"made {_date(str(results['created']))}" if results.get("created") else None,
+        f"made {date_text(str(results['created']))}" if results.get("created") else None,
         f"version {results['package_version']}" if results.get("package_version") else None,
     ]
     meta = " &middot; ".join(escape(str(fact)) for fact in facts if fact)
@@ -139,15 +130,6 @@ def _header(results: Row) -> str:
         f"{label}<h1>Brain and DNA: {escape(_name(results))}</h1>\n<div class='meta'>{meta}</div>\n"
         f'<div class="verdict {_state(results)}">{sentences}</div>\n{_cards(results)}'
     )
-
-
-def _date(text: str) -> str:
-    """To the minute, when it is an ISO date; as it is otherwise."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return text
-    return f"{moment:%Y-%m-%d %H:%M}" + (f" {moment.tzname()}" if moment.tzinfo else "")
 
 
 def _state(results: Row) -> str:

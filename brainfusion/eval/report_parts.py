@@ -3,13 +3,48 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from brainfusion.runtime.logs import read_metrics
+
+
+def document(title: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
+    """A whole HTML page in the report's style: no scripts, nothing from elsewhere.
+
+    Args:
+        title: Of the window; plain text.
+        header: HTML above the links to the sections.
+        sections: (id, heading, HTML) of each.
+        footer: HTML at the end.
+    """
+    links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
+    body = "".join(
+        f'<section id="{key}"><h2>{heading}</h2>\n{text}</section>\n'
+        for key, heading, text in sections
+    )
+    css = files("brainfusion.eval").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body>\n"
+        f"<header>{header}</header>\n<nav>{links}</nav>\n<main>\n{body}</main>\n"
+        f'<footer class="note">{footer}</footer>\n</body></html>\n'
+    )
+
+
+def date_text(text: str) -> str:
+    """To the minute, when it is an ISO date; as it is otherwise."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return f"{moment:%Y-%m-%d %H:%M}" + (f" {moment.tzname()}" if moment.tzinfo else "")
 
 
 def table(

@@ -20,15 +20,31 @@ from brainfusion.eval.rows import number, rounded
 
 Row = Mapping[str, Any]
 
-_MEANINGS = {
+MEANINGS = {
     "validation_loss": ("validation loss", ""),
     "masked_r2": (
         "masked R2",
         "share of the hidden signal's variance that is reconstructed; 0 is its mean, 1 is all",
     ),
+    "interpolation_r2": (
+        "R2 of linear interpolation in time",
+        "of the hidden values from the visible ones of the same parcel",
+    ),
     "feature_std": (
         "spread of the features",
         "standard deviation between recordings; falling towards 0 is collapse",
+    ),
+    "target_std": (
+        "spread of the targets",
+        "standard deviation over the tokens to predict; falling towards 0 is collapse",
+    ),
+    "effective_rank": (
+        "effective rank",
+        "dimensions that the features make use of; falling towards 1 is collapse",
+    ),
+    "r2_over_interpolation": (
+        "R2 over interpolation",
+        "1 - error / error of linear interpolation; above 0 is better than it",
     ),
     "loss_of_mean_target": (
         "loss of the mean target",
@@ -92,7 +108,7 @@ def _pretraining_rows(pretraining: Row, workspace: Path) -> Iterator[tuple[str, 
             values = (number(first, name), number(last, name))
             if not any(math.isfinite(value) for value in values):
                 continue
-            text, meaning = _MEANINGS.get(name, (name.replace("_", " "), ""))
+            text, meaning = MEANINGS.get(name, (name.replace("_", " "), ""))
             start, end = ("" if math.isnan(value) else significant(value, 3) for value in values)
             yield f"{model}: {text}" + (f"\n{meaning}" if meaning else ""), start, end
 
@@ -103,7 +119,7 @@ def _ends(row: Row, workspace: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if isinstance(first, Mapping) and isinstance(last, Mapping):
         return dict(first), dict(last)
     watched = [
-        {key: line[key] for key in _MEANINGS if key in line}
+        {key: line[key] for key in MEANINGS if key in line}
         for line in metrics_of(workspace, row)
         if "validation_loss" in line
     ]
