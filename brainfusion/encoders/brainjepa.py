@@ -12,6 +12,7 @@ parcel * w + patch), k context tokens, q target tokens, d width, g gradient comp
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brainfusion.data.windows import window_starts
-from brainfusion.encoders.layers import Block, sincos_table
+from brainfusion.encoders.layers import Block, at_least_float32, run_blocks, sincos_table
 from brainfusion.encoders.pooling import check_pooling, pool
+from brainfusion.encoders.products import Linear
 from brainfusion.runtime.errors import UserError, nearest
 
 LAYER_NORM_EPS = 1e-6
@@ -109,7 +111,11 @@ class GridPosition(nn.Module):
 
     The tables are parameters without gradient, as upstream, so that counts and keys agree. The
     gradient table is a buffer *in* the state dict, which upstream leaves out: a checkpoint of
-    ours is complete.
+    ours is complete. Positions are float32 under autocast too.
+
+    In evaluation mode without gradients, mapped positions are kept from call to call. They are
+    taken only if what they were made from equals what it is now, value by value, so that no way of
+    changing a weight leaves them stale.
     """
 
     gradient: Tensor
@@ -117,6 +123,7 @@ class GridPosition(nn.Module):
     def __init__(self, config: BrainJEPAConfig, width: int) -> None:
         super().__init__()
         self.n_patches = config.n_patches
+        self._mapped: tuple[tuple[Tensor, ...], Tensor] | None = None
         half = width // 2
         parcel, patch = np.divmod(np.arange(config.n_tokens), config.n_patches)
         self.time_table = nn.Parameter(sincos_table(patch, half), requires_grad=False)
@@ -141,13 +148,26 @@ class GridPosition(nn.Module):
                 "table: pass gradient=... (gradients.gradient_table makes one), load a "
                 "checkpoint, or use positions='origin'."
             )
-        mapped = self.mapping(self.gradient)  # (p, d / 2)
+        return torch.cat([self.time_table, self._parcels(self.mapping)], dim=1)
+
+    def _parcels(self, mapping: nn.Linear) -> Float[Tensor, "n d/2"]:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._mapped = None
+            return self._map(mapping)
+        made_from = (mapping.weight, mapping.bias, self.gradient)
+        if self._mapped is None or not _same(self._mapped[0], made_from):
+            self._mapped = (tuple(x.detach().clone() for x in made_from), self._map(mapping))
+        return self._mapped[1]
+
+    def _map(self, mapping: nn.Linear) -> Float[Tensor, "n d/2"]:
+        with torch.autocast(self.gradient.device.type, enabled=False):
+            mapped = mapping(self.gradient)  # (p, d / 2)
         low, high = mapped.min(), mapped.max()
         # Differs from upstream: guarded, because a constant map would divide by zero.
         span = (high - low).clamp_min(torch.finfo(mapped.dtype).tiny)
         mapped = 2.0 * (mapped - low) / span - 1.0
         # Differs from upstream: repeated by the grid's own number of patches instead of by 10.
-        return torch.cat([self.time_table, mapped.repeat_interleave(self.n_patches, 0)], dim=1)
+        return mapped.repeat_interleave(self.n_patches, 0)
 
     def set_gradient(self, gradient: Float[Tensor, "p g"]) -> None:
         """Fill in the gradient table; 'origin' positions have none and ignore it."""
@@ -155,6 +175,13 @@ class GridPosition(nn.Module):
             with torch.no_grad():
                 self.gradient.copy_(gradient)
             self.has_gradient = True
+
+
+def _same(before: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:
+    return all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in zip(before, now, strict=True)
+    )
 
 
 def _notice_gradient(position: GridPosition, _: object) -> None:
@@ -169,7 +196,8 @@ class BrainJEPAEncoder(nn.Module):
     def __init__(self, config: BrainJEPAConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch = nn.Linear(config.patch_trs, config.width)
+        self.checkpointing = False
+        self.patch = Linear(config.patch_trs, config.width)
         self.position = GridPosition(config, config.width)
         self.blocks = _blocks(config.width, config.depth, config.n_heads)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
@@ -179,19 +207,28 @@ class BrainJEPAEncoder(nn.Module):
         self,
         fmri: Float[Tensor, "b p t"] | Float[Tensor, "b 1 p t"],
         masks: Sequence[Int[Tensor, "b k"]] | None = None,
+        *,
+        wanted: Int[Tensor, "b q"] | None = None,
     ) -> Float[Tensor, "b_m k d"]:
         """Encode the tokens that the masks name, or all of them.
 
         Args:
             fmri: Standardised BOLD of one window, parcels in the order of the gradient table.
             masks: Token indices that the encoder may see; each mask makes its own rows.
+            wanted: Without masks, the tokens whose features are returned [b, q, d], at less cost
+                than all. All tokens are seen.
 
         Returns:
             Normalised token features; with masks, mask-major: row = mask * b + recording.
         """
         x = self._embed(fmri, masks)
-        for block in self.blocks:
-            x = block(x)
+        pick, checkpointing = None, self.checkpointing and self.training
+        if wanted is not None:
+            pick = partial(_gather, mask=wanted)
+        if wanted is None or wanted.shape[1] < x.shape[1]:
+            x = run_blocks(self.blocks, x, checkpointing=checkpointing, wanted=pick)
+        else:
+            x = _gather(run_blocks(self.blocks, x, checkpointing=checkpointing), wanted)
         return self.norm(x)
 
     @torch.no_grad()
@@ -241,12 +278,13 @@ class BrainJEPAPredictor(nn.Module):
     def __init__(self, config: BrainJEPAConfig) -> None:
         super().__init__()
         width = config.predictor_width
+        self.checkpointing = False
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.embed = nn.Linear(config.width, width)
+        self.embed = Linear(config.width, width)
         self.position = GridPosition(config, width)
         self.blocks = _blocks(width, config.predictor_depth, config.n_heads)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.project = nn.Linear(width, config.width)
+        self.project = Linear(width, config.width)
         self.apply(_initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -267,13 +305,21 @@ class BrainJEPAPredictor(nn.Module):
             Rows by target mask, then context mask, then recording.
         """
         position = self.position()
+        n_enc, n_pred = len(masks_enc), len(masks_pred)
         context = self.embed(z) + F.embedding(_joined(masks_enc), position)
-        queries = torch.cat([mask.long().repeat(len(masks_enc), 1) for mask in masks_pred])
-        wanted = self.mask_token + F.embedding(queries, position)
-        x = torch.cat([context.repeat(len(masks_pred), 1, 1), wanted], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.project(self.norm(x[:, context.shape[1] :]))
+        wanted = self.mask_token + F.embedding(_joined(masks_pred), position)
+        # Each target mask beside each context mask: repeated by the copy that joins them.
+        context = context.unflatten(0, (1, n_enc, -1)).expand(n_pred, -1, -1, -1, -1)
+        wanted = wanted.unflatten(0, (n_pred, 1, -1)).expand(-1, n_enc, -1, -1, -1)
+        x = torch.cat([context, wanted], dim=3).flatten(0, 2)
+        n_seen = z.shape[1]
+        x = run_blocks(
+            self.blocks,
+            x,
+            checkpointing=self.checkpointing and self.training,
+            wanted=lambda tokens: tokens[:, n_seen:],
+        )
+        return self.project(self.norm(x))
 
 
 class BrainJEPA(nn.Module):
@@ -343,9 +389,12 @@ class BrainJEPA(nn.Module):
         masks_pred: Sequence[Int[Tensor, "b q"]],
     ) -> Float[Tensor, ""]:
         """The training loss; the same as `loss`, so that wrappers such as DDP can call it."""
-        wanted = self.target(fmri, masks_pred, len(masks_enc))
+        wanted = self._targets(fmri, masks_pred).unsqueeze(1)  # (target masks, 1, b, q, d)
         predicted = self.predictor(self.encoder(fmri, masks_enc), masks_enc, masks_pred)
-        return F.smooth_l1_loss(predicted, wanted)
+        predicted = predicted.unflatten(0, (len(masks_pred), len(masks_enc), -1))
+        with torch.autocast(fmri.device.type, enabled=False):
+            predicted, wanted = at_least_float32(predicted), at_least_float32(wanted)
+            return F.smooth_l1_loss(predicted, wanted.expand_as(predicted))
 
     def loss(
         self,
@@ -364,9 +413,21 @@ class BrainJEPA(nn.Module):
         n_context: int = 1,
     ) -> Float[Tensor, "b_mm q d"]:
         """Layer-normed target features, in the predictor's row order; without gradient."""
-        features = self.target_encoder(fmri)
-        chosen = [_gather(features, mask).repeat(n_context, 1, 1) for mask in masks_pred]
-        return F.layer_norm(torch.cat(chosen), (self.config.width,), eps=TARGET_NORM_EPS)
+        wanted = self._targets(fmri, masks_pred).unsqueeze(1)
+        return wanted.expand(-1, n_context, -1, -1, -1).flatten(0, 2)
+
+    @torch.no_grad()
+    def _targets(
+        self, fmri: Tensor, masks_pred: Sequence[Tensor]
+    ) -> Float[Tensor, "target_masks b q d"]:
+        features = self.target_encoder(fmri, wanted=torch.cat(list(masks_pred), dim=1))
+        features = F.layer_norm(features, (self.config.width,), eps=TARGET_NORM_EPS)
+        return features.unflatten(1, (len(masks_pred), -1)).transpose(0, 1)
+
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Whether training keeps the input of each block alone and computes its inside again."""
+        for part in (self.encoder, self.predictor, self.target_encoder):
+            part.checkpointing = on
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -386,23 +447,36 @@ class BrainJEPA(nn.Module):
         """Features of whole recordings: nothing masked, the same on every call.
 
         Args:
-            bold: Standardised BOLD of at least a window; longer recordings are cut into windows
-                that do not overlap (the last is flush with the end) whose features are averaged.
+            bold: Standardised BOLD of at least one patch. Longer than a window: the windows that
+                cover it, the last one flush with its end, are averaged. Shorter: the encoder sees
+                the whole patches that there are, as the first of a window, and no others; what is
+                left after the last whole patch is not seen.
             pooling: "mean" over all tokens (f = d), or "parcel-mean" and "parcel-std": over the
-                time patches of each parcel, joined (f = p d, parcel-major).
+                time patches of each parcel, joined (f = p d, parcel-major). Of a recording that is
+                shorter than a window, over the patches that it has.
             part: Which encoder; downstream tasks use the target encoder.
+
+        Raises:
+            UserError: Wrong shapes, NaN, fewer TRs than a patch, or an unknown pooling or part.
         """
         check_pooling(pooling, ("mean", "parcel-mean", "parcel-std"))
         if part not in ("target", "context"):
             hint = nearest(part, ("target", "context"))
             raise UserError(f"part='{part}' is not known. {hint}")
-        windows = self._windows(bold)
+        self._check_recordings(bold)
         encoder = self.target_encoder if part == "target" else self.encoder
-        features = [pool(encoder(window), pooling, n_parcels=self.n_parcels) for window in windows]
-        return torch.stack(features).mean(0)
+        n_trs, size = bold.shape[2], self.window_trs
+        if n_trs < size:
+            tokens = encoder(*self._short(bold))
+            return pool(tokens, pooling, n_parcels=self.n_parcels)
+        total = torch.zeros(())
+        starts = window_starts(n_trs, size).tolist()
+        for begin in starts:
+            tokens = encoder(bold[:, :, begin : begin + size])
+            total = total + pool(tokens, pooling, n_parcels=self.n_parcels)
+        return total / len(starts)
 
-    def _windows(self, bold: Tensor) -> list[Tensor]:
-        size, patch = self.window_trs, self.config.patch_trs
+    def _check_recordings(self, bold: Tensor) -> None:
         if bold.ndim != 3 or bold.shape[1] != self.n_parcels:
             raise UserError(
                 f"encode got BOLD of shape {tuple(bold.shape)}, expected [recordings, "
@@ -413,16 +487,19 @@ class BrainJEPA(nn.Module):
                 "bold has values that are not finite: standardise it first (a missing parcel "
                 "becomes 0)."
             )
-        n_trs = bold.shape[2]
-        if n_trs < size:
-            longest = n_trs // patch * patch
-            advice = f" (an encoder with n_trs={longest} would fit)" if longest else ""
+        if bold.shape[2] < self.config.patch_trs:
             raise UserError(
-                f"the recording has {n_trs} TRs but a window of this Brain-JEPA is {size} TRs: "
-                f"leave it out, resample it to the TR of the training data, or train an encoder "
-                f"with a smaller n_trs{advice}."
+                f"the recording has {bold.shape[2]} TRs, fewer than one patch "
+                f"({self.config.patch_trs} TRs): leave it out, or use an encoder with shorter "
+                "patches."
             )
-        return [bold[:, :, begin : begin + size] for begin in window_starts(n_trs, size).tolist()]
+
+    def _short(self, bold: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A window that is filled up with zeros, and a mask of the patches that it really has."""
+        n_seen = bold.shape[2] // self.config.patch_trs
+        token = torch.arange(self.n_tokens, device=bold.device).view(self.n_parcels, -1)
+        seen = token[:, :n_seen].flatten().expand(len(bold), -1)
+        return F.pad(bold, (0, self.window_trs - bold.shape[2])), [seen]
 
 
 def _blocks(width: int, depth: int, n_heads: int) -> nn.ModuleList:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brainfusion.encoders.brainlm_layers import ConvAttention, Layer
+from brainfusion.encoders.layers import in_float32, run_blocks
 from brainfusion.encoders.mae import (
     MaskedOutput,
     check_mask_ratio,
@@ -36,6 +37,7 @@ from brainfusion.encoders.mae import (
     take,
 )
 from brainfusion.encoders.pooling import Pooling, check_pooling, pool
+from brainfusion.encoders.products import Linear
 from brainfusion.runtime.errors import UserError
 
 MAX_PATCHES = 5000
@@ -166,9 +168,10 @@ class BrainLM(nn.Module):
     def __init__(self, config: BrainLMConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         d = config.width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
-        self.signal_projection = nn.Linear(config.patch_trs, d)
+        self.signal_projection = Linear(config.patch_trs, d)
         self.xyz_projection = nn.Linear(3, d)
         self.position_dropout = nn.Dropout(config.position_dropout)
         self.register_buffer("position", position_table(config.n_patches, d), persistent=False)
@@ -272,18 +275,22 @@ class BrainLM(nn.Module):
                 features, bold, self.n_parcels, self.window_trs, self.config.patch_trs
             )
 
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Whether training keeps the input of each layer alone and computes its inside again."""
+        self.checkpointing = self.decoder.checkpointing = on
+
     def _hidden(
         self, signal: Tensor, xyz: Tensor, visible: Tensor | None, *, alone: bool = False
     ) -> Float[Tensor, "b s d"]:
         patches = signal.unflatten(-1, (-1, self.config.patch_trs))  # (b, p, m, k)
-        tokens = self.signal_projection(patches) + self.xyz_projection(xyz).unsqueeze(2)
+        place = in_float32(self.xyz_projection, xyz).unsqueeze(2)
+        tokens = self.signal_projection(patches) + place
         tokens = self.position_dropout(tokens + self.position).flatten(1, 2)
         if visible is not None:
             tokens = take(tokens, visible)
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        for layer in self.layers:
-            x = layer(x, alone=alone)
-        return self.norm(x)
+        checkpointing = self.checkpointing and self.training
+        return self.norm(run_blocks(self.layers, x, checkpointing=checkpointing, alone=alone))
 
     def _check_window(self, signal: Tensor) -> None:
         expected = (self.n_parcels, self.window_trs)
@@ -337,7 +344,8 @@ class Decoder(nn.Module):
         super().__init__()
         d = config.width
         self.config = config
-        self.embed = nn.Linear(d, d)
+        self.checkpointing = False
+        self.embed = Linear(d, d)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
         self.xyz_projection = nn.Linear(3, d)
         self.position_dropout = nn.Dropout(config.position_dropout)
@@ -347,8 +355,8 @@ class Decoder(nn.Module):
             for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
-        self.head1 = nn.Linear(d, d // 2)
-        self.head2 = nn.Linear(d // 2, config.patch_trs)
+        self.head1 = Linear(d, d // 2)
+        self.head2 = Linear(d // 2, config.patch_trs)
 
     def forward(
         self,
@@ -360,11 +368,11 @@ class Decoder(nn.Module):
         x = self.embed(hidden)
         tokens = fill_hidden(x[:, 1:], self.mask_token, restore)
         tokens = tokens.unflatten(1, (-1, self.config.n_patches))
-        tokens = tokens + self.xyz_projection(xyz).unsqueeze(2) + self.position
+        place = in_float32(self.xyz_projection, xyz).unsqueeze(2)
+        tokens = tokens + place + self.position
         tokens = self.position_dropout(tokens).flatten(1, 2)
         x = torch.cat([x[:, :1], tokens], dim=1)
-        for layer in self.layers:
-            x = layer(x)
+        x = run_blocks(self.layers, x, checkpointing=self.checkpointing and self.training)
         x = F.leaky_relu(self.head1(self.norm(x)[:, 1:]), negative_slope=0.1)
         x = self.head2(x)
         if self.config.tanh_decoder:

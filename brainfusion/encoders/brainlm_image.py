@@ -8,7 +8,8 @@ rows are the parcels **in ascending order of their Y coordinate**; upstream divi
 
 Upstream repeats the image to three equal channels and averages three reconstructed ones. Both are
 linear, so the weights of the channels are summed, or averaged, before they are used: the same
-numbers and the same gradients for a third of the work.
+numbers and the same gradients for a third of the work. Upstream also reconstructs the padding and
+cuts it off: here the decoder's last layer and its head see to the patches of the recording alone.
 
 Shape legend: b recordings, p parcels, t TRs, g patches along a side, n tokens (g * g), v visible
 tokens, s sequence (CLS and tokens), c channels, d width.
@@ -22,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brainfusion.encoders.layers import Block, sincos_table
+from brainfusion.encoders.layers import Block, run_blocks, sincos_table
 from brainfusion.encoders.mae import (
     MaskedOutput,
     check_mask_ratio,
@@ -34,6 +35,7 @@ from brainfusion.encoders.mae import (
     take,
 )
 from brainfusion.encoders.pooling import Pooling, check_pooling, pool
+from brainfusion.encoders.products import Linear, linear
 from brainfusion.runtime.errors import UserError
 
 PAD_VALUE = -1.0
@@ -123,10 +125,12 @@ class BrainLMImage(nn.Module):
 
     position: Tensor
     decoder_position: Tensor
+    real: Tensor
 
     def __init__(self, config: BrainLMImageConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         d, e, eps = config.width, config.decoder_width, config.layer_norm_eps
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
         # Holds the weight in upstream's shape [d, c, patch, patch]; applied as a matrix product.
@@ -139,7 +143,7 @@ class BrainLMImage(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(d, eps=eps)
-        self.decoder_embed = nn.Linear(d, e)
+        self.decoder_embed = Linear(d, e)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, e))
         self.register_buffer("decoder_position", image_positions(config.grid, e), persistent=False)
         self.decoder_layers = nn.ModuleList(
@@ -154,6 +158,7 @@ class BrainLMImage(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(e, eps=eps)
         self.decoder_head = nn.Linear(e, config.patch_size**2 * config.n_channels)
+        self.register_buffer("real", self._real_patches(), persistent=False)
         self._initialise()
 
     @property
@@ -212,7 +217,7 @@ class BrainLMImage(nn.Module):
         logits = self._decode(hidden, masking.restore)
         loss = None
         if masking.n_visible < self.n_tokens:
-            pixels = masking.mask.unsqueeze(-1).expand(-1, -1, self.config.patch_size**2)
+            pixels = masking.mask[:, self.real, None].expand(-1, -1, self.config.patch_size**2)
             loss = masked_loss(logits, signal, self._from_patches(pixels), "mse")
         if rows is not None:
             logits = take(logits, rows.argsort(dim=1))
@@ -250,6 +255,10 @@ class BrainLMImage(nn.Module):
                 features, bold, self.n_parcels, self.window_trs, self.config.patch_size
             )
 
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Whether training keeps the input of each layer alone and computes its inside again."""
+        self.checkpointing = on
+
     def _rows(self, xyz: Tensor | None, batch_size: int) -> Int[Tensor, "b p"] | None:
         if xyz is None:
             return None
@@ -271,13 +280,13 @@ class BrainLMImage(nn.Module):
             tokens = self._embed(take(patches, visible)) + position[visible]
         # CLS has a position too: zeros.
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+        return self.norm(
+            run_blocks(self.layers, x, checkpointing=self.checkpointing and self.training)
+        )
 
     def _embed(self, patches: Float[Tensor, "b v q"]) -> Float[Tensor, "b v d"]:
         projection = self.patch_projection
-        return F.linear(patches, projection.weight.sum(1).flatten(1), projection.bias)
+        return linear(patches, projection.weight.sum(1).flatten(1), projection.bias)
 
     def _decode(
         self, hidden: Float[Tensor, "b s d"], restore: Int[Tensor, "b n"]
@@ -285,12 +294,16 @@ class BrainLMImage(nn.Module):
         x = self.decoder_embed(hidden)
         tokens = fill_hidden(x[:, 1:], self.mask_token, restore)
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_position
-        for layer in self.decoder_layers:
-            x = layer(x)
+        x = run_blocks(
+            self.decoder_layers,
+            x,
+            checkpointing=self.checkpointing and self.training,
+            wanted=lambda tokens: tokens[:, 1 + self.real],
+        )
         channels = (-1, self.config.n_channels)  # the fastest of (row, column, channel)
         weight = self.decoder_head.weight.unflatten(0, channels).mean(1)
         bias = self.decoder_head.bias.unflatten(0, channels).mean(1)
-        return self._from_patches(F.linear(self.decoder_norm(x)[:, 1:], weight, bias))
+        return self._from_patches(linear(self.decoder_norm(x), weight, bias))
 
     def _margins(self) -> tuple[int, int]:
         size = self.config.image_size
@@ -304,11 +317,26 @@ class BrainLMImage(nn.Module):
         image = image.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (b, g, row, g, column)
         return image.transpose(2, 3).flatten(3).flatten(1, 2)
 
-    def _from_patches(self, patches: Float[Tensor, "b n q"]) -> Float[Tensor, "b p t"]:
-        grid, side = self.config.grid, self.config.patch_size
-        image = patches.unflatten(2, (side, side)).unflatten(1, (grid, grid)).transpose(2, 3)
+    def _real_span(self) -> tuple[range, range]:
+        """Rows and columns of the patches that hold a part of the recording, not padding alone."""
+        side, (top, left) = self.config.patch_size, self._margins()
+        return (
+            range(top // side, -(-(top + self.n_parcels) // side)),
+            range(left // side, -(-(left + self.window_trs) // side)),
+        )
+
+    def _real_patches(self) -> Int[Tensor, " r"]:
+        rows, columns = self._real_span()
+        grid = torch.arange(self.config.grid**2).unflatten(0, (self.config.grid, -1))
+        return grid[rows.start : rows.stop, columns.start : columns.stop].flatten()
+
+    def _from_patches(self, patches: Float[Tensor, "b r q"]) -> Float[Tensor, "b p t"]:
+        """The recording out of its patches, those of `real`."""
+        side, (rows, columns) = self.config.patch_size, self._real_span()
+        image = patches.unflatten(2, (side, side)).unflatten(1, (len(rows), len(columns)))
+        image = image.transpose(2, 3).flatten(3).flatten(1, 2)
         top, left = self._margins()
-        image = image.flatten(3).flatten(1, 2)
+        top, left = top - rows.start * side, left - columns.start * side
         return image[:, top : top + self.n_parcels, left : left + self.window_trs]
 
     def _initialise(self) -> None:

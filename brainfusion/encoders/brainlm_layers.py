@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brainfusion.encoders.layers import MLP
+from brainfusion.encoders.layers import MLP, at_least_float32, by_chunks
+from brainfusion.encoders.products import Linear, attention
 from brainfusion.runtime.errors import UserError
 
 PINV_STEPS = 6
@@ -61,7 +62,9 @@ class Layer(nn.Module):
     def forward(self, x: Float[Tensor, "b s d"], *, alone: bool = False) -> Float[Tensor, "b s d"]:
         """Attention, then the MLP, each followed by a LayerNorm of its sum with the input."""
         x = self.norm1(self.dropout(self.attention(x, alone=alone)) + x)
-        return self.norm2(self.dropout(self.mlp(x)) + x)
+        return by_chunks(
+            lambda rows: self.norm2(self.dropout(self.mlp(rows)) + rows), x, self.mlp.dim_hidden
+        )
 
 
 class ConvAttention(nn.Module):
@@ -79,20 +82,20 @@ class ConvAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.n_heads, self.n_landmarks, self.convolution = n_heads, n_landmarks, convolution
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.conv_weight = (
             None
             if conv_kernel_size is None
             else nn.Parameter(torch.zeros(n_heads, 1, conv_kernel_size, 1))
         )
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b s d"], *, alone: bool = False) -> Float[Tensor, "b s d"]:
         """Mix the tokens of each recording; `alone` is for `nystrom_attention`."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (b, s, 3, h, e)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.n_landmarks is None:
-            context = F.scaled_dot_product_attention(q, k, v)
+            context = attention(q, k, v)
         else:
             context = nystrom_attention(q, k, v, self.n_landmarks, alone=alone)
         if self.conv_weight is not None:
@@ -146,12 +149,14 @@ def nystrom_attention(
     mixes recordings, when it does not fit), and runs differ by one where the landmarks do not
     divide it.
     """
-    scale = q.shape[-1] ** -0.5
     q_marks, k_marks = _run_means(q, n_landmarks), _run_means(k, n_landmarks)
-    inverse = _pseudo_inverse((q_marks @ k_marks.transpose(-2, -1) * scale), alone=alone)
-    values = F.scaled_dot_product_attention(q_marks, k, v)
-    values = inverse.to(values.dtype) @ values
-    return F.scaled_dot_product_attention(q, k_marks, values)
+    values = attention(q_marks, k, v)
+    # In float32 under autocast too: an inverse makes much of small errors.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = at_least_float32(q_marks) @ at_least_float32(k_marks).transpose(-2, -1)
+        inverse = _pseudo_inverse(scores * q.shape[-1] ** -0.5, alone=alone)
+        values = (inverse @ values.to(inverse.dtype)).to(values.dtype)
+    return attention(q, k_marks, values)
 
 
 def _run_means(x: Float[Tensor, "b h s e"], n_runs: int) -> Float[Tensor, "b h l e"]:
@@ -170,13 +175,12 @@ def _run_means(x: Float[Tensor, "b h s e"], n_runs: int) -> Float[Tensor, "b h l
 
 
 def _pseudo_inverse(scores: Float[Tensor, "b h l l"], *, alone: bool) -> Float[Tensor, "b h l l"]:
-    with torch.autocast(scores.device.type, enabled=False):
-        kernel = scores.float().softmax(-1)
-        column_sums = kernel.sum(-2)
-        largest = column_sums.amax((1, 2)).view(-1, 1, 1, 1) if alone else column_sums.max()
-        inverse = kernel.transpose(-2, -1) / largest
-        eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-        for _ in range(PINV_STEPS):
-            a = kernel @ inverse
-            inverse = 0.25 * inverse @ (13 * eye - a @ (15 * eye - a @ (7 * eye - a)))
-        return inverse
+    kernel = scores.softmax(-1)
+    column_sums = kernel.sum(-2)
+    largest = column_sums.amax((1, 2)).view(-1, 1, 1, 1) if alone else column_sums.max()
+    inverse = kernel.transpose(-2, -1) / largest
+    eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+    for _ in range(PINV_STEPS):
+        a = kernel @ inverse
+        inverse = 0.25 * inverse @ (13 * eye - a @ (15 * eye - a @ (7 * eye - a)))
+    return inverse

@@ -11,20 +11,18 @@ an error.
 | `decoder.decoder_pred` of a recording model | | never used by upstream |
 """
 
-import pickle
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from brainfusion.encoders.brainlm import MAX_PATCHES, BrainLM, BrainLMConfig, position_table
 from brainfusion.encoders.brainlm_image import BrainLMImage, BrainLMImageConfig
+from brainfusion.encoders.upstream_files import check_tensors, read_tensors, unwrapped
 from brainfusion.runtime.config import from_dict
 from brainfusion.runtime.errors import CheckpointError, UserError, nearest
 from brainfusion.runtime.files import read_json
@@ -59,13 +57,12 @@ _REQUIRED: dict[Family, dict[str, str]] = {
     },
 }
 _OPTIONAL: dict[Family, dict[str, str]] = {
-    # Left out, they take our defaults, which are those of upstream's published configs.
+    # Left out, they take the defaults of upstream's config classes (`_DEFAULTS`, or ours if equal).
     "recording": {
         "mask_ratio": "mask_ratio",
         "loss_fn": "loss_fn",
         "use_tanh_decoder": "tanh_decoder",
         "conv_kernel_size": "conv_kernel_size",
-        "qkv_bias": "qkv_bias",
         "hidden_dropout_prob": "dropout",
         "layer_norm_eps": "layer_norm_eps",
         "initializer_range": "init_std",
@@ -79,13 +76,15 @@ _OPTIONAL: dict[Family, dict[str, str]] = {
     },
 }
 _FIXED: dict[Family, dict[str, Any]] = {
-    "recording": {"hidden_act": "gelu", "norm_pix_loss": False, "inv_coeff_init_option": False},
+    "recording": {"hidden_act": "gelu", "inv_coeff_init_option": False},
     "image": {"hidden_act": "gelu", "norm_pix_loss": False, "train_mode": "auto_encode"},
 }
-_ALSO_READ = ("num_landmarks", "segment_means_seq_len", "decoder_hidden_size")
-# Applied by upstream in training only, and not by us: said aloud when they are set.
+_DEFAULTS: dict[Family, dict[str, Any]] = {"recording": {"mask_ratio": 0.5}, "image": {}}
+_ALSO_READ = ("num_landmarks", "segment_means_seq_len", "decoder_hidden_size", "qkv_bias")
+# Not applied here: said aloud when they are set. Upstream's recording models never read the first;
+# its image models apply the others in training.
 _UNUSED: dict[Family, tuple[str, ...]] = {
-    "recording": (),
+    "recording": ("norm_pix_loss",),
     "image": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
 }
 
@@ -104,11 +103,13 @@ class KeyTable:
     """Keys of the checkpoint that no BrainLM has."""
 
 
-def from_upstream_state(state: dict[str, Tensor], config: dict[str, Any]) -> BrainLM | BrainLMImage:
+def from_upstream_state(
+    state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> BrainLM | BrainLMImage:
     """Our module with upstream's weights, in evaluation mode.
 
     Args:
-        state: Upstream's own state dict.
+        state: Upstream's own state dict, with or without `module.` in front of all its keys.
         config: Upstream's own config (its config.json as a dict).
 
     Raises:
@@ -116,7 +117,11 @@ def from_upstream_state(state: dict[str, Tensor], config: dict[str, Any]) -> Bra
             position table is not the fixed one.
         UserError: The config lacks a key or asks for what no published checkpoint has.
     """
+    check_tensors(state, where="BrainLM's checkpoint")
+    state = unwrapped(state)
     settings = config_from_upstream(config, family_of(state, config))
+    if isinstance(settings, BrainLMConfig):
+        settings = replace(settings, qkv_bias=_has_qkv_bias(state, settings.qkv_bias))
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in _module(settings).named_parameters()}
     table = key_table(state, settings, shapes)
@@ -136,7 +141,22 @@ def from_upstream_state(state: dict[str, Tensor], config: dict[str, Any]) -> Bra
         if key in state:
             _check_table(key, state[key], fixed)
     module.load_state_dict(weights)
+    for key, buffer in _position_buffers(module).items():
+        if key in state and state[key].dtype == torch.float32:  # not tables rounded to half
+            buffer.copy_(state[key].reshape(-1, buffer.shape[1])[: len(buffer)])
     return module.eval()
+
+
+def _has_qkv_bias(state: Mapping[str, Tensor], configured: bool) -> bool:
+    """Whether queries, keys and values have biases in a recording model.
+
+    Upstream's layers have them whatever its config says, so the weights tell; without them in the
+    weights, the config must say so.
+    """
+    has_bias = any(key.endswith(".attention.self.query.bias") for key in state)
+    if has_bias and not configured:
+        say("config: qkv_bias=false has no effect on upstream's recording models: biases loaded.")
+    return has_bias or configured
 
 
 def to_upstream_state(module: nn.Module, grad: bool = False) -> dict[str, Tensor]:
@@ -170,7 +190,7 @@ def to_upstream_state(module: nn.Module, grad: bool = False) -> dict[str, Tensor
     return state
 
 
-def family_of(state: Iterable[str], config: dict[str, Any]) -> Family:
+def family_of(state: Iterable[str], config: Mapping[str, Any]) -> Family:
     """Whether a checkpoint is a recording model or an image-shaped one.
 
     The weights say it. The config alone says it only where there are no weights of either kind:
@@ -193,7 +213,7 @@ def family_of(state: Iterable[str], config: dict[str, Any]) -> Family:
 
 
 def config_from_upstream(
-    config: dict[str, Any], family: Family
+    config: Mapping[str, Any], family: Family
 ) -> BrainLMConfig | BrainLMImageConfig:
     """Our config from upstream's.
 
@@ -223,8 +243,9 @@ def config_from_upstream(
             )
     for key in _UNUSED[family]:
         if config.get(key):
-            say(f"config: {key}={config[key]} is not applied here: it matters to training only.")
-    values = {ours: config[key] for key, ours in (required | optional).items() if key in config}
+            say(f"config: {key}={config[key]} is not applied: it matters to training only.")
+    given = _DEFAULTS[family] | dict(config)
+    values = {ours: given[key] for key, ours in (required | optional).items() if key in given}
     if family == "image":
         values["image_size"] = _side(config, "image_size")
         values["patch_size"] = _side(config, "patch_size")
@@ -237,11 +258,15 @@ def config_from_upstream(
     landmarks = config.get("num_landmarks", 64)
     # Upstream's switch: equal numbers mean full attention, as in every published config.
     nystrom = landmarks != config.get("segment_means_seq_len", 64)
+    heads = (config["num_attention_heads"], config["decoder_num_attention_heads"])
     values |= {
         "n_landmarks": landmarks,
         "attention": "nystrom" if nystrom else "full",
-        # Gradients then equal those that upstream computes on the same machine.
-        "convolution": "grouped",
+        "qkv_bias": config.get("qkv_bias", True),
+        # Gradients then equal those that upstream computes on the same machine. Not with a single
+        # head: oneDNN's gradient of a one-channel filter reads outside its memory where 65 taps
+        # meet 10 to 33 tokens (a crash, or numbers like 1e21; float32, AVX-512, torch 2.13).
+        "convolution": "blocks" if 1 in heads else "grouped",
     }
     return from_dict(BrainLMConfig, values, where="config")
 
@@ -290,32 +315,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")
         path = next((path / name for name in names if (path / name).exists()), path / names[1])
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: expected BrainLM's weights.")
-    if path.suffix not in (".bin", ".safetensors"):
-        raise CheckpointError(
-            f"{path} ends in '{path.suffix}': expected BrainLM's pytorch_model.bin or a "
-            ".safetensors."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, or is no checkpoint: such a pickle could run code "
-            "and is not opened. Save its state dict alone, with torch.save or as .safetensors."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{path} is truncated or no checkpoint ({reason}): download it again."
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(
-            f"{path} is not a flat dict of tensors: expected BrainLM's own state dict, as in its "
-            "pytorch_model.bin."
-        )
+    state = read_tensors(path, expected="BrainLM's pytorch_model.bin or model.safetensors")
+    check_tensors(state, where=str(path))
     return state
 
 
@@ -345,7 +346,7 @@ def _module(settings: BrainLMConfig | BrainLMImageConfig) -> BrainLM | BrainLMIm
     return BrainLM(settings) if isinstance(settings, BrainLMConfig) else BrainLMImage(settings)
 
 
-def _side(config: dict[str, Any], key: str) -> Any:
+def _side(config: Mapping[str, Any], key: str) -> Any:
     value = config[key]
     if isinstance(value, (list, tuple)):
         if len(set(value)) != 1:
@@ -440,15 +441,26 @@ def _check_shapes(
             )
 
 
+def _position_buffers(module: BrainLM | BrainLMImage) -> dict[str, Tensor]:
+    """Our position tables by upstream's key; those of recording models are its first rows."""
+    if isinstance(module, BrainLM):
+        return {
+            "vit.embeddings.pos_embedding.pe": module.position,
+            "decoder.pos_embedding.pe": module.decoder.position,
+        }
+    return {
+        "vit.embeddings.position_embeddings": module.position,
+        "decoder.decoder_pos_embed": module.decoder_position,
+    }
+
+
 def _fixed_tables(module: BrainLM | BrainLMImage) -> dict[str, Tensor]:
     """The position tables as upstream stores them."""
-    if isinstance(module, BrainLM):
-        table = position_table(MAX_PATCHES, module.config.width)
-        return {"vit.embeddings.pos_embedding.pe": table, "decoder.pos_embedding.pe": table}
-    return {
-        "vit.embeddings.position_embeddings": module.position.unsqueeze(0),
-        "decoder.decoder_pos_embed": module.decoder_position.unsqueeze(0),
-    }
+    tables = _position_buffers(module)
+    if isinstance(module, BrainLMImage):
+        return {key: table.unsqueeze(0) for key, table in tables.items()}
+    whole = position_table(MAX_PATCHES, module.config.width).to(module.position)
+    return {key: torch.cat([table, whole[len(table) :]]) for key, table in tables.items()}
 
 
 def _check_table(key: str, stored: Tensor, fixed: Tensor) -> None:

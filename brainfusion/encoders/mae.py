@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from brainfusion.data.windows import window_starts
+from brainfusion.encoders.layers import at_least_float32
 from brainfusion.runtime.errors import UserError
 
 
@@ -95,7 +96,7 @@ def fill_hidden(
 
 def masked_loss(logits: Tensor, target: Tensor, weight: Tensor, loss_fn: str) -> Tensor:
     """One mean over all hidden values of the batch; `weight` (1 hidden) broadcasts to `target`."""
-    error = logits - target
+    error = at_least_float32(logits) - target
     error = error.square() if loss_fn == "mse" else error.abs()
     weight = weight.expand_as(error)
     return (error * weight).sum() / weight.sum()

@@ -52,7 +52,7 @@ def pool(
         return grid.mean(2).flatten(1)
     if grid.shape[2] < 2:
         raise UserError(
-            "pooling 'parcel-std' needs at least 2 time patches in a window, and this encoder has "
-            "1: use 'parcel-mean', or shorter patches."
+            "pooling 'parcel-std' needs at least 2 time patches of a window, and here there is 1: "
+            "use 'parcel-mean', longer recordings, or an encoder with shorter patches."
         )
     return torch.std(grid, dim=2).flatten(1)

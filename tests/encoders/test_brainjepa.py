@@ -297,6 +297,23 @@ def test_encode_averages_windows_that_cover_a_long_recording(small: BrainJEPA) -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("n_trs", "n_patches"), [(8, 1), (15, 1), (16, 2), (23, 2)])
+def test_a_recording_shorter_than_a_window_shows_the_patches_that_it_has(
+    small: BrainJEPA, n_trs: int, n_patches: int
+) -> None:
+    bold = torch.randn(2, 6, n_trs)
+    window = torch.randn(2, 6, 24)  # what lies beyond the recording is never seen
+    window[:, :, : 8 * n_patches] = bold[:, :, : 8 * n_patches]
+    seen = [[3 * parcel + patch for parcel in range(6) for patch in range(n_patches)]] * 2
+    tokens = small.target_encoder(window, masks(*seen))
+    assert_close(small.encode(bold), tokens.mean(1))
+    parcels = tokens.unflatten(1, (6, n_patches))
+    assert_close(small.encode(bold, pooling="parcel-mean"), parcels.mean(2).flatten(1))
+    # A whole window of the same start is something else.
+    assert not torch.allclose(small.encode(bold), small.encode(window), atol=1e-3)
+
+
+@torch.no_grad()
 def test_parcel_pooling_averages_the_times_of_each_parcel(small: BrainJEPA) -> None:
     bold = torch.randn(2, 6, 24)
     tokens = small.target_encoder(bold)
@@ -312,7 +329,8 @@ def test_parcel_pooling_averages_the_times_of_each_parcel(small: BrainJEPA) -> N
 @pytest.mark.parametrize(
     ("bold", "options", "message"),
     [
-        (torch.zeros(1, 6, 20), {}, r"20 TRs but a window .* is 24 TRs.*n_trs=16"),
+        (torch.zeros(1, 6, 7), {}, r"has 7 TRs, fewer than one patch \(8 TRs\): leave it out"),
+        (torch.zeros(1, 6, 15), {"pooling": "parcel-std"}, "needs at least 2 time patches"),
         (torch.zeros(1, 5, 24), {}, "expected .recordings, 6 parcels"),
         (torch.full((1, 6, 24), torch.nan), {}, "not finite"),
         (torch.zeros(1, 6, 24), {"pooling": "cls"}, "has no CLS token"),
