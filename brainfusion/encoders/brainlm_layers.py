@@ -115,20 +115,23 @@ def convolve_tokens(
 
     Equals `F.conv2d(v, weight, padding=(taps // 2, 0), groups=h)`, some 3 times faster. The
     sequence is cut into blocks of `size` tokens; outputs of a block need only it and the next one,
-    so the filter is a banded matrix [size, 2 * size] and the convolution one matrix product a head,
-    with recordings, blocks and channels side by side.
+    so the filter is a banded matrix [size, 2 * size], half for each of the two, and the convolution
+    two matrix products a head, with blocks, recordings and channels side by side.
     """
     (n_rows, n_heads, n_seq, width), taps = v.shape, weight.shape[2]
     size = max(taps - 1, 32)
     n_blocks = -(-n_seq // size) + 1
     padded = F.pad(v, (0, 0, taps // 2, n_blocks * size - n_seq - taps // 2))
-    blocks = padded.unflatten(2, (n_blocks, size)).permute(1, 3, 0, 2, 4)  # (h, size, b, block, e)
-    pairs = torch.cat([blocks[:, :, :, :-1], blocks[:, :, :, 1:]], dim=1).flatten(2)
+    blocks = padded.unflatten(2, (n_blocks, size)).permute(1, 3, 2, 0, 4)
+    blocks = blocks.reshape(n_heads, size, n_blocks, n_rows * width)
     # Row i of the band is the filter shifted right by i: rows are one shorter than its period.
     band = F.pad(weight.view(n_heads, taps), (0, 2 * size + 1 - taps)).repeat(1, size)
     band = band[:, : 2 * size * size].view(n_heads, size, 2 * size)
-    out = (band @ pairs).view(n_heads, size, n_rows, n_blocks - 1, width)
-    return out.permute(2, 0, 3, 1, 4).flatten(2, 3)[:, :, :n_seq]
+    own, following = band.split(size, dim=2)
+    out = own @ blocks[:, :, :-1].flatten(2)
+    out = torch.baddbmm(out, following, blocks[:, :, 1:].flatten(2))
+    out = out.view(n_heads, size, n_blocks - 1, n_rows, width)
+    return out.permute(3, 0, 2, 1, 4).flatten(2, 3)[:, :, :n_seq]
 
 
 def nystrom_attention(

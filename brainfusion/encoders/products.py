@@ -46,7 +46,7 @@ def linear(
     x: Float[Tensor, "*r i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*r o"]:
     """`F.linear`."""
-    if x.numel() * len(weight) < MIN_LINEAR or not _through_onednn(x, weight):
+    if not _through_onednn(x, weight) or x.numel() * len(weight) < MIN_LINEAR:
         return F.linear(x, weight, bias)
     if _needs_gradient(x, weight, bias):
         return _Linear.apply(x, weight, bias)
@@ -57,9 +57,7 @@ def attention(
     q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h m e"], v: Float[Tensor, "b h m e"]
 ) -> Float[Tensor, "b h n e"]:
     """`F.scaled_dot_product_attention`; heads of a token lie side by side in the result."""
-    n_queries, width = q.shape[2:]
-    small = n_queries * k.shape[2] * width < MIN_ATTENTION
-    if small or n_queries < MIN_QUERIES or width < MIN_HEAD_WIDTH or not _through_onednn(q, k, v):
+    if not _through_onednn(q, k, v) or not _worth_tiling(q, k):
         return F.scaled_dot_product_attention(q, k, v)
     if _needs_gradient(q, k, v):
         return _Attention.apply(q, k, v)
@@ -91,13 +89,19 @@ def _cpu_maker() -> str:
 
 def _through_onednn(*tensors: Tensor) -> bool:
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # first, so that compiled code has no guards on sizes
+        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
         and not torch.is_autocast_enabled("cpu")
         and all(type(x) in (Tensor, nn.Parameter) for x in tensors)
         and torch.backends.mkldnn.enabled
         and onednn_is_faster()
     )
+
+
+def _worth_tiling(q: Tensor, k: Tensor) -> bool:
+    n_queries, width = q.shape[2:]
+    enough = n_queries * k.shape[2] * width >= MIN_ATTENTION
+    return enough and n_queries >= MIN_QUERIES and width >= MIN_HEAD_WIDTH
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
