@@ -7,7 +7,7 @@ interpreter included, loading not). Both sides must give the same numbers, or th
 rate of a plain matrix product is taken in the same processes: the last column is our CPU time over
 what the floating-point operations of the architecture would take at that rate.
 
-    python benchmarks/encoders.py                           # everything: a quarter of an hour
+    python benchmarks/encoders.py                           # everything: some 20 minutes
     python benchmarks/encoders.py --only brainlm-5m         # cases whose name has this in it
     python benchmarks/encoders.py --quick                   # tiny sizes, in one process
 """
@@ -263,10 +263,12 @@ def make_layer(case: Case, side: str) -> tuple[Callable[[], Any], list[Any], flo
     if side == "ours":
         return lambda: square(ours(x)), [x, *leaves], n_flops
 
-    from transformers import NystromformerConfig
-    from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+    from transformers import NystromformerConfig  # pyright: ignore[reportMissingImports]
+    from transformers.models.nystromformer import (  # pyright: ignore[reportMissingImports]
+        modeling_nystromformer as nystromformer,
+    )
 
-    theirs: Any = NystromformerSelfAttention(
+    theirs: Any = nystromformer.NystromformerSelfAttention(
         NystromformerConfig(
             hidden_size=config.width,
             num_attention_heads=config.n_heads,
@@ -322,7 +324,7 @@ def measure(case: Case, side: str, n_threads: int, *, size: int = 1024) -> dict[
 
     rate = product_rate(size)
     reset_peak()
-    times = []
+    times, out = [], None
     while len(times) < 3:
         for leaf in leaves:
             leaf.grad = None
@@ -341,7 +343,7 @@ def measure(case: Case, side: str, n_threads: int, *, size: int = 1024) -> dict[
         "peak_mib": peak,
         "rate": max(rate, product_rate(size)),
         "n_flops": n_flops,
-        "value": digest(out.detach()),
+        "value": digest(out),
         "gradient": sum(float(g.double().square().sum()) for g in grads) ** 0.5,
     }
 
@@ -350,6 +352,7 @@ def digest(out: Any) -> float:
     """One number that any change of a feature, or of their order, would move."""
     import torch
 
+    out = out.detach()
     if out.ndim == 0:
         return float(out)
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -364,7 +367,7 @@ def product_rate(size: int, repeats: int = 30) -> float:
     for _ in range(3):
         begin = time.process_time()
         for _ in range(repeats // 3):
-            square @ square
+            torch.mm(square, square)
         best = max(best, repeats // 3 * 2 * size**3 / (time.process_time() - begin))
     return best
 

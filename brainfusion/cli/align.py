@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -44,6 +44,9 @@ class AlignOptions:
     """Brain features: an encoder's name, or any feature file in <workspace>/features."""
     dna: tuple[str, ...] = ("evo2",)
     """DNA embeddings: one model or several, whose genes then stand side by side."""
+    haplotypes: Literal["mean", "sum", "mean-absdiff"] = "mean"
+    """How two haplotypes of a gene become one vector, where the store keeps both.
+    mean-absdiff: their mean, and beside it their absolute difference."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
     train: tyro.conf.OmitArgPrefixes[AlignConfig] = field(default_factory=AlignConfig)
     control: bool = True
@@ -69,7 +72,9 @@ def main(argv: list[str]) -> int:
         threads.use_threads(options.threads, n_processes=ranks.world_size)
         cohort = open_cohort(workspace, ranks)
         with distributed.main_first(ranks):
-            pairs = load_pairs(workspace, cohort, brain=options.brain, dna=dna)
+            pairs = load_pairs(
+                workspace, cohort, brain=options.brain, dna=dna, haplotypes=options.haplotypes
+            )
         run_dir = options.out or workspace.align_dir(options.brain, dna_name(dna))
         with _replaced(run_dir, ranks) as folder:
             _run(options, pairs, folder, ranks)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from brainfusion.cli.workspace import Workspace, ensure_features, ensure_genetic
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import read_features
 from brainfusion.runtime.errors import UserError
+from brainfusion.runtime.files import read_json
 from brainfusion.runtime.logs import say
 
 
@@ -84,7 +86,14 @@ def dna_name(models: Sequence[str]) -> str:
     return "+".join(models)
 
 
-def load_pairs(workspace: Workspace, cohort: Cohort, *, brain: str, dna: Sequence[str]) -> Pairs:
+def load_pairs(
+    workspace: Workspace,
+    cohort: Cohort,
+    *,
+    brain: str,
+    dna: Sequence[str],
+    haplotypes: str = "mean",
+) -> Pairs:
     """Join by id; nothing is dropped without being counted.
 
     Args:
@@ -92,14 +101,18 @@ def load_pairs(workspace: Workspace, cohort: Cohort, *, brain: str, dna: Sequenc
         cohort: Whose people count.
         brain: Name of the brain features.
         dna: DNA models; people need a gene of each.
+        haplotypes: How stores that keep both are read: "mean", "sum" or "mean-absdiff".
 
     Raises:
-        UserError: Nobody has both.
+        UserError: Nobody has both, or a store holds one vector for both haplotypes.
     """
     from brainfusion.genetics import read
 
     features = read_features(ensure_features(workspace, brain))
-    tables = {model: read(model, ensure_genetics(workspace, model)) for model in dna}
+    tables = {
+        model: read(model, ensure_genetics(workspace, model)).with_haplotypes(haplotypes)
+        for model in dna
+    }
     if (made_of := features.provenance.get("cohort_hash")) not in (None, cohort.hash):
         say(
             f"warning: features '{brain}' were made from another state of the cohort ({made_of}, "
@@ -131,6 +144,7 @@ def load_pairs(workspace: Workspace, cohort: Cohort, *, brain: str, dna: Sequenc
         provenance={
             "brain": features.provenance,
             "dna": {model: t.provenance.to_dict() for model, t in tables.items()},
+            "haplotypes": haplotypes,
             "splits_hash": splits.hash,
             "cohort_hash": cohort.hash,
         },
@@ -170,6 +184,12 @@ def _join(
         f"only DNA, {len(unknown)} unknown to the cohort."
     )
     return both, flow
+
+
+def read_haplotypes(run_dir: Path) -> str:
+    """How an alignment run read the two haplotypes of its people."""
+    summary = read_json(run_dir / "summary.json")
+    return summary["meta"].get("provenance", {}).get("haplotypes", "mean")
 
 
 def connectomes(cohort: Cohort, pairs: Pairs) -> np.ndarray:

@@ -12,7 +12,7 @@ import polars as pl
 import tyro
 
 from brainfusion.cli.options import at_least, parse
-from brainfusion.cli.pairs import connectomes, dna_models, dna_name, load_pairs
+from brainfusion.cli.pairs import connectomes, dna_models, dna_name, load_pairs, read_haplotypes
 from brainfusion.cli.retrieve import ensure_alignment
 from brainfusion.cli.scoring import read_embeddings
 from brainfusion.cli.workspace import Place, Workspace
@@ -72,7 +72,8 @@ def _probe(
     options: ProbeOptions, workspace: Workspace, cohort: Cohort, run_dir: Path, targets: list[str]
 ) -> pl.DataFrame:
     dna = dna_models(options.dna)
-    pairs = load_pairs(workspace, cohort, brain=options.brain, dna=dna)
+    haplotypes = read_haplotypes(run_dir)
+    pairs = load_pairs(workspace, cohort, brain=options.brain, dna=dna, haplotypes=haplotypes)
     held_out = np.array([label != "train" for label in pairs.labels])
     subjects = [s for s, kept in zip(pairs.subjects, held_out, strict=True) if kept]
     say(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from brainfusion.cli.pairs import connectomes, families_of, load_pairs
+from brainfusion.cli.pairs import connectomes, families_of, load_pairs, read_haplotypes
 from brainfusion.cli.workspace import Workspace
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import Features, read_features
@@ -52,7 +52,8 @@ def score(
         control_brain, control_dna, _ = _test_embeddings(run_dir / "control", cohort)
         control = retrieval_metrics(control_brain, control_dna, **inference)
         scores["shuffled_control"] = _control(control)
-    pairs = load_pairs(workspace, cohort, brain=brain, dna=dna)
+    haplotypes = read_haplotypes(run_dir)
+    pairs = load_pairs(workspace, cohort, brain=brain, dna=dna, haplotypes=haplotypes)
     covariates = [c for c in COVARIATES if c in people.columns]
     covariates += [c for c in people.columns if c.startswith("ancestry_")]
     views = {"encoder features": pairs.brain}

@@ -149,3 +149,48 @@ def test_an_alignment_of_two_models_that_is_not_there_names_its_command(two, cal
 
 def test_models_stand_in_one_order_however_they_are_typed():
     assert dna_models(["caduceus", "evo2"]) == dna_models(["evo2", "caduceus"])
+
+
+def test_both_haplotypes_are_combined_as_asked_and_scored_the_same_way(
+    site, tmp_path, done, monkeypatch
+):
+    from brainfusion.cli import pairs as pairs_module
+
+    shutil.copytree(site.cohort, tmp_path / "cohort")
+    shutil.copytree(site.workspace, tmp_path / "work")
+    merged = read("evo2", tmp_path / "cohort" / "sources" / "evo2")
+    one = np.asarray(merged.vectors)
+    other = one + 0.1 * np.abs(one).mean() * np.sign(np.roll(one, 1, axis=0))
+    both = type(merged)(
+        subjects=merged.subjects,
+        genes=merged.genes,
+        vectors=np.stack([one, other], axis=2).astype(np.float32),
+        mask=merged.mask,
+        provenance=merged.provenance,
+    )
+    store = tmp_path / "cohort" / "genetics" / "evo2"
+    shutil.rmtree(store, ignore_errors=True)
+    write_store(store, both, storage="dictionary")
+    place = ("--cohort", tmp_path / "cohort", "--workspace", tmp_path / "work")
+    words = ("--brain", "brainlm", "--dna", "evo2", *place)
+    done("align", "--max-steps", 2, "--no-control", "--haplotypes", "mean-absdiff", *words)
+    asked = []
+    real = pairs_module.read_haplotypes
+
+    def spied(run_dir):
+        asked.append(real(run_dir))
+        return asked[-1]
+
+    monkeypatch.setattr("brainfusion.cli.scoring.read_haplotypes", spied)
+    done("retrieve", *BRIEF, *words)
+    assert asked == ["mean-absdiff"]
+    widths = {
+        how: open_store(store, haplotypes=how).column(0, np.arange(2)).shape[-1]
+        for how in ("mean", "sum", "mean-absdiff")
+    }
+    assert widths == {"mean": one.shape[2], "sum": one.shape[2], "mean-absdiff": 2 * one.shape[2]}
+
+
+def test_merged_haplotypes_cannot_be_summed(site, call):
+    words = ("--brain", "brainlm", "--dna", "evo2", "--haplotypes", "sum", *site.place)
+    assert "use 'mean', or import files that hold both" in call("align", *words).error

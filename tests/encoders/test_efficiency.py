@@ -348,6 +348,7 @@ def test_training_compiles_into_one_graph(family: str, checkpointing: bool) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, on import
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_training_gives_the_same_loss_and_gradients(
