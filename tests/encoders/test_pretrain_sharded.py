@@ -132,6 +132,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
 def largest_difference(one: Path, two: Path) -> float:
     a, b = (load_file(checkpoint.newest(path) / "model.safetensors") for path in (one, two))
     assert a.keys() == b.keys()
+    for weights in (a, b):
+        for key in weights:
+            if key.endswith("qkv.bias"):
+                # Softmax takes no notice of what is added to all keys: the gradient of their
+                # biases is rounding, which Adam makes steps of.
+                weights[key].chunk(3)[1].zero_()
     return max((a[key] - b[key]).abs().max().item() for key in a)
 
 
