@@ -25,7 +25,7 @@ from brainfusion.eval.audit import (
     predictions,
     similarities,
 )
-from brainfusion.eval.baselines import connectome
+from brainfusion.eval.baselines import connectome, fill_missing
 from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.files import write_json
 from brainfusion.runtime.logs import say
@@ -112,9 +112,7 @@ def _connectomes(
     subjects = people["subject"].to_list()
     places = np.array([place for place, subject in enumerate(subjects) if subject in row_of])
     values = connectome(cohort.recordings, [row_of[subjects[place]] for place in places])
-    known = np.isfinite(values)
-    mean = np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    return np.where(known, values, mean), places
+    return fill_missing(values, np.ones(len(values), dtype=bool)), places
 
 
 def _sessions(

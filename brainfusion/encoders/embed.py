@@ -26,7 +26,6 @@ from brainfusion import __version__
 from brainfusion.data.atlas import match_parcels
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import write_features
-from brainfusion.data.recordings import Recordings
 from brainfusion.encoders import ENCODERS
 from brainfusion.encoders.brainjepa import BrainJEPA
 from brainfusion.encoders.brainlm_image import BrainLMImage
@@ -315,20 +314,6 @@ class _Encode:
         return vectors.numpy()
 
 
-class _Reader:
-    """Reads recordings with one shard mapped at a time, so that memory does not grow with them."""
-
-    def __init__(self, recordings: Recordings) -> None:
-        self._all, self._shard = recordings, recordings.index["shard"].to_list()
-        self._mapped: str | None = None
-
-    def __call__(self, row: int) -> np.ndarray:
-        if self._shard[row] != self._mapped:
-            self._mapped = self._shard[row]
-            self._current = Recordings(self._all.folder, self._all.index, self._all.n_parcels)
-        return self._current.read(row)
-
-
 def _run(
     encode: _Encode,
     cohort: Cohort,
@@ -342,7 +327,7 @@ def _run(
     progress = Progress(
         f"embedding with {encode.model}{share}", sum(map(len, batches)), active=ranks.is_main
     )
-    read, tr_s = _Reader(cohort.recordings), cohort.recordings.index["tr_s"].to_list()
+    read, tr_s = cohort.recordings.read, cohort.recordings.index["tr_s"].to_list()
     n_encoded = 0
     for batch in batches:
         prepared = [encode.conditioning.prepare(read(int(i))[order], tr_s=tr_s[i]) for i in batch]

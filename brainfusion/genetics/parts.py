@@ -7,12 +7,9 @@ thrown away.
 """
 
 import json
-import multiprocessing
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -24,6 +21,7 @@ from brainfusion.genetics.source import Findings
 from brainfusion.genetics.stream import ReadyBlock, Stream
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import atomic_file, hash_json, read_json, write_json
+from brainfusion.runtime.workers import in_workers
 
 _KEY = "key.json"
 
@@ -133,7 +131,15 @@ def ready_blocks(
     missing = [n for n in range(stream.n_blocks) if parts is None or n not in parts]
     # A process of its own costs seconds to start: not for a block or two.
     if n_workers > 1 and len(missing) > 2:
-        source = _read_elsewhere(open_again, missing, n_workers=n_workers)
+        source = in_workers(
+            _read_in_worker,
+            missing,
+            n_workers=n_workers,
+            n_ahead=n_workers,
+            begin=_open_worker,
+            begin_with=(open_again,),
+            hint="; what was kept is not read again",
+        )
     else:
         source = _read_here(stream, missing)
     for number in range(stream.n_blocks):
@@ -158,32 +164,6 @@ def _read_here(stream: Stream, numbers: list[int]) -> Iterator[ReadyBlock]:
             runs.append([number, number + 1])
     for start, stop in runs:
         yield from stream.blocks(start, stop)
-
-
-def _read_elsewhere(
-    open_again: Callable[[], Stream], numbers: list[int], *, n_workers: int
-) -> Iterator[ReadyBlock]:
-    # Not forked: polars and torch have threads, of which a fork keeps the locks and not the rest.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        n_workers, mp_context=context, initializer=_open_worker, initargs=(open_again,)
-    )
-    waiting: deque[Future[ReadyBlock]] = deque()
-    todo = iter(numbers)
-    try:
-        for number in todo:
-            waiting.append(pool.submit(_read_in_worker, number))
-            if len(waiting) > n_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a reading process was ended from outside (memory?): run the command again with fewer "
-            "--workers; what was kept is not read again."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _worker_stream: Stream | None = None

@@ -49,6 +49,11 @@ def average(forward: np.ndarray, reverse: np.ndarray) -> np.ndarray:
     return np.float32(0.5) * (forward.astype(np.float32) + reverse.astype(np.float32))
 
 
+def reverse_complement(sequence: str) -> str:
+    """The other strand, read in its own direction; A, C, G, T, N in either case, which is kept."""
+    return sequence.translate(_COMPLEMENT)[::-1]
+
+
 def both_strands(
     sequence: str, *, unit_bp: int = 1, trim: Literal["left", "right"] = "left"
 ) -> tuple[str, str]:
@@ -77,7 +82,7 @@ def both_strands(
         raise UserError(
             f"a sequence of {len(sequence)} bp is shorter than a token of {unit_bp}: leave it out."
         )
-    return forward, forward.translate(_COMPLEMENT)[::-1]
+    return forward, reverse_complement(forward)
 
 
 _COMPLEMENT = str.maketrans("ACGTNacgtn", "TGCANtgcan")

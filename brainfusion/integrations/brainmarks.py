@@ -39,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from brainfusion.data.atlas import Atlas
-from brainfusion.data.conditioning import PUBLISHED
+from brainfusion.data.conditioning import PUBLISHED, PublishedInput
 from brainfusion.data.standardise import check_kind
 from brainfusion.encoders import ENCODERS, from_upstream
 from brainfusion.encoders.brainjepa import BrainJEPA
@@ -165,10 +165,7 @@ def brainlm(
     )
     xyz = read_coordinates(where, module.n_parcels)
     is_image = isinstance(module, BrainLMImage)
-    published = PUBLISHED["brainlm-image" if is_image else "brainlm"]
-    if scaling is not None:
-        check_kind(scaling)
-        published = replace(published, standardiser=scaling)
+    published = _published("brainlm-image" if is_image else "brainlm", scaling)
     transform = EncoderTransform(
         n_parcels=module.n_parcels,
         window_trs=module.window_trs,
@@ -209,10 +206,7 @@ def brainjepa(
         variable = "BRAINFUSION_BRAINJEPA_GRADIENT"
         table = _path(gradient, "gradient", variable, "Brain-JEPA's gradient table")
     module: Any = from_upstream("brainjepa", weights, config=config, gradient=table)
-    published = PUBLISHED["brainjepa"]
-    if scaling is not None:
-        check_kind(scaling)
-        published = replace(published, standardiser=scaling)
+    published = _published("brainjepa", scaling)
     transform = EncoderTransform(
         n_parcels=module.n_parcels,
         window_trs=module.window_trs,
@@ -315,6 +309,15 @@ def read_coordinates(path: Path, n_parcels: int) -> Float[np.ndarray, "p 3"]:
     if table.shape != (n_parcels, 3) or not np.isfinite(table).all():
         raise UserError(f"{path} has a table of {list(table.shape)}: {expected}.")
     return np.ascontiguousarray(table, dtype=np.float32)
+
+
+def _published(family: str, scaling: str | None) -> PublishedInput:
+    """The published conditioning of a family, with another standardiser if one is named."""
+    published = PUBLISHED[family]
+    if scaling is None:
+        return published
+    check_kind(scaling)
+    return replace(published, standardiser=scaling)
 
 
 def _by_y(xyz: Float[np.ndarray, "p 3"]) -> np.ndarray:

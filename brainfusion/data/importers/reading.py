@@ -3,21 +3,14 @@
 Shape legend: p parcels, t TRs.
 """
 
-import multiprocessing
-import os
-import threading
-from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 
 import numpy as np
 
 from brainfusion.data.importers.config import ImportConfig
 from brainfusion.data.importers.matching import Facts, Layout, to_atlas
 from brainfusion.data.importers.sources import Item
-from brainfusion.runtime.errors import UserError
+from brainfusion.runtime.workers import in_workers
 
 _AHEAD = 2  # recordings that each process is ahead of the writing
 
@@ -35,27 +28,15 @@ def read_all(
         for item in items:
             yield to_atlas(config, kind, layout, item)
         return
-    # Not forked: polars has threads, of which a fork keeps the locks and not the rest.
-    context = multiprocessing.get_context("spawn")
     n_workers = min(config.workers, len(items))
-    pool = ProcessPoolExecutor(
-        n_workers, mp_context=context, initializer=_begin, initargs=(config, kind, layout)
+    yield from in_workers(
+        _read,
+        items,
+        n_workers=n_workers,
+        n_ahead=_AHEAD * n_workers,
+        begin=_begin,
+        begin_with=(config, kind, layout),
     )
-    waiting: deque[Future[tuple[np.ndarray, Facts]]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(_read, item))
-            if len(waiting) > _AHEAD * n_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a reading process was ended from outside (memory?): run the command again with fewer "
-            "--workers."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _job: tuple[ImportConfig, str, Layout] | None = None
@@ -64,15 +45,6 @@ _job: tuple[ImportConfig, str, Layout] | None = None
 def _begin(config: ImportConfig, kind: str, layout: Layout) -> None:
     global _job
     _job = (config, kind, layout)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # A parent that is killed cannot stop its processes, which would wait for work forever.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _read(item: Item) -> tuple[np.ndarray, Facts]:

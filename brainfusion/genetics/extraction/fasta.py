@@ -10,14 +10,8 @@ from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.logs import say
 
 SUFFIXES = (".fa", ".fasta", ".fna", ".fa.gz", ".fasta.gz", ".fna.gz")
-_COMPLEMENT = str.maketrans("ACGTN", "TGCAN")
 _ODD = "".join(sorted(set("ABCDEFGHIJKLMNOPQRSTUVWXYZ*-.") - set("ACGTN")))
 _TO_N = str.maketrans(_ODD, "N" * len(_ODD))
-
-
-def reverse_complement(sequence: str) -> str:
-    """The other strand, read in its own direction; upper-case ACGTN."""
-    return sequence.translate(_COMPLEMENT)[::-1]
 
 
 def normalised(sequence: str) -> str:

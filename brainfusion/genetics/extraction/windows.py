@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from brainfusion.genetics.extraction.fasta import reverse_complement
+from brainfusion.genetics.strands import average, reverse_complement
 from brainfusion.runtime.errors import UserError
 
 
@@ -134,7 +134,7 @@ def gather(vectors: np.ndarray, texts: Texts, reading: Reading) -> np.ndarray:
     if not reading.both_strands:
         return forward
     reverse = _means(vectors, texts.reverse, weights)
-    return np.float32(0.5) * (forward + reverse)
+    return average(forward, reverse)
 
 
 def _means(

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from brainfusion.genetics import open_store, variance_kept
-from brainfusion.genetics.extraction.fasta import reverse_complement
 from brainfusion.genetics.extraction.phased import PhasedVariants
 from brainfusion.genetics.extraction.reference import read_reference
 from brainfusion.genetics.extraction.regions import Region
 from brainfusion.genetics.extraction.run import extract
+from brainfusion.genetics.strands import reverse_complement
 from brainfusion.runtime.errors import UserError
 from tests.genetics.extraction import toys
 from tests.genetics.extraction.test_run import MODELS, extraction, vectors_of

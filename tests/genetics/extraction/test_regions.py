@@ -3,14 +3,10 @@ import gzip
 import polars as pl
 import pytest
 
-from brainfusion.genetics.extraction.fasta import (
-    match_chromosomes,
-    normalised,
-    records,
-    reverse_complement,
-)
+from brainfusion.genetics.extraction.fasta import match_chromosomes, normalised, records
 from brainfusion.genetics.extraction.reference import read_reference
 from brainfusion.genetics.extraction.regions import Region, read_regions
+from brainfusion.genetics.strands import reverse_complement
 from brainfusion.runtime.errors import UserError
 from tests.genetics.extraction.people import write_fasta
 

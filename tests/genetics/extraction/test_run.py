@@ -9,13 +9,12 @@ import polars as pl
 import pytest
 
 from brainfusion.genetics import open_store, read
-from brainfusion.genetics.extraction.fasta import reverse_complement
 from brainfusion.genetics.extraction.models import ModelConfig, embed
 from brainfusion.genetics.extraction.native import write_native
 from brainfusion.genetics.extraction.personal import PersonalSequences
 from brainfusion.genetics.extraction.run import Extraction, extract
 from brainfusion.genetics.extraction.windows import Reading
-from brainfusion.genetics.strands import fold_ps
+from brainfusion.genetics.strands import fold_ps, reverse_complement
 from brainfusion.genetics.vectors import StoredVectors
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import read_json

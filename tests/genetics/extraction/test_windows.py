@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainfusion.genetics.extraction.fasta import reverse_complement
 from brainfusion.genetics.extraction.run import batches
 from brainfusion.genetics.extraction.windows import Reading, cut, gather, window_bounds
+from brainfusion.genetics.strands import reverse_complement
 from brainfusion.runtime.errors import UserError
 from tests.genetics.extraction.people import reference
 
