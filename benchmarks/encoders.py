@@ -123,8 +123,8 @@ def make_brainjepa(
     """The encoder over all tokens, or a training step with one context and one target mask."""
     import torch
 
-    from brainfusion.encoders import to_upstream
     from tests.oracles import brainjepa_reference as reference
+    from tests.oracles import ours
 
     config, n = module.config, module.n_tokens
     fmri = torch.randn(case.batch, config.n_parcels, config.n_trs)
@@ -147,24 +147,11 @@ def make_brainjepa(
         return lambda: module(fmri, context, target), [p for _, p in named], n_flops
 
     gradient = module.encoder.position.gradient
-    settings = {
-        "crop_size": [config.n_parcels, config.n_trs],
-        "patch_size": config.patch_trs,
-        "depth": config.depth,
-        "num_heads": config.n_heads,
-        "pred_depth": config.predictor_depth,
-        "add_w": config.positions,
-    }
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in to_upstream(module).items():
-        part, _, name = key.partition("/")
-        states.setdefault(part, {})[name] = value
+    settings, states = ours.brainjepa_settings(config), ours.brainjepa_states(module)
     if case.work == "encoder":
         state = states["encoder"]
         return lambda: reference.encoder(state, settings, gradient, fmri), [], n_flops
-    leaves = []
-    for part in ("encoder", "predictor"):
-        leaves += [v.requires_grad_() for k, v in states[part].items() if not k.endswith("emb_h")]
+    leaves = ours.brainjepa_trained(states)
     return (
         lambda: reference.loss(states, settings, gradient, fmri, context, target),
         leaves,
@@ -177,7 +164,7 @@ def make_brainlm(case: Case, side: str, module: Any) -> tuple[Callable[[], Any],
     import torch
 
     from brainfusion.encoders import to_upstream
-    from tests.oracles import brainlm_image_reference, brainlm_reference
+    from tests.oracles import brainlm_image_reference, brainlm_reference, ours
 
     config = module.config
     image = hasattr(config, "patch_size")
@@ -214,33 +201,10 @@ def make_brainlm(case: Case, side: str, module: Any) -> tuple[Callable[[], Any],
             if not key.endswith("conv.weight"):
                 leaves.append(value)
     if image:
-        settings: dict[str, Any] = {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "num_channels": config.n_channels,
-            "mask_ratio": config.mask_ratio,
-            "num_hidden_layers": config.depth,
-            "num_attention_heads": config.n_heads,
-            "decoder_num_hidden_layers": config.decoder_depth,
-            "decoder_num_attention_heads": config.decoder_n_heads,
-            "layer_norm_eps": config.layer_norm_eps,
-        }
+        settings = ours.brainlm_image_settings(config)
         forward = brainlm_image_reference.forward
         return lambda: forward(state, settings, signal, noise).loss, leaves, n_flops
-    settings = {
-        "timepoint_patching_size": config.patch_trs,
-        "mask_ratio": config.mask_ratio,
-        "loss_fn": config.loss_fn,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.n_heads,
-        "decoder_num_hidden_layers": config.decoder_depth,
-        "decoder_num_attention_heads": config.decoder_n_heads,
-        "num_landmarks": 64,
-        "segment_means_seq_len": 64,
-        "conv_kernel_size": config.conv_kernel_size,
-        "use_tanh_decoder": config.tanh_decoder,
-        "layer_norm_eps": config.layer_norm_eps,
-    }
+    settings = ours.brainlm_settings(config)
     scaled, lm = xyz / config.xyz_unit_mm, brainlm_reference.forward
     return lambda: lm(state, settings, signal, scaled, noise).loss, leaves, n_flops
 

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pytest
 
 from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import write_cohort_tables
+from brainfusion.data.importers import ImportConfig, import_cohort
 from brainfusion.data.recordings import RecordingWriter
+from brainfusion.runtime.errors import UserError
 
 
 def small_atlas(n_parcels: int = 4) -> Atlas:
@@ -40,3 +43,12 @@ def write_cohort(
                 noise(rng, n_trs=n_trs), recording=f"{subject}_rest", subject=subject, tr_s=2.0
             )
     return path
+
+
+def import_refused(config: ImportConfig, message: str) -> None:
+    """The import fails in one line and leaves nothing behind."""
+    before = sorted(config.out.parent.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        import_cohort(config)
+    assert "\n" not in str(error.value)
+    assert sorted(config.out.parent.iterdir()) == before

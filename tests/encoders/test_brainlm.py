@@ -16,7 +16,7 @@ from brainfusion.encoders.brainlm_upstream import to_upstream_state
 from brainfusion.encoders.mae import MaskedOutput, masked_loss, random_masking
 from brainfusion.encoders.pooling import pool
 from brainfusion.runtime.errors import UserError
-from tests.encoders.brainlm_goldens import Golden, golden
+from tests.encoders.brainlm_goldens import Golden, golden, grouped_gradient_is_wrong
 
 SMALL = BrainLMConfig(
     n_parcels=6,
@@ -86,21 +86,6 @@ def assert_gradients(
 
 
 CONV = "attention.self.conv.weight"
-
-
-def grouped_gradient_is_wrong() -> bool:
-    """Whether this machine's kernels have the error that the stored gradients of brainlm_a have."""
-    torch.manual_seed(0)
-    v, probe = torch.randn(2, 1, 4, 97, 8).unbind(0)
-    weight = torch.randn(4, 1, 65, 1)
-
-    def gradient(dtype: torch.dtype) -> Tensor:
-        leaf = weight.to(dtype).requires_grad_()
-        out = F.conv2d(v.to(dtype), leaf, padding=(32, 0), groups=4)
-        return torch.autograd.grad((out * probe.to(dtype)).sum(), leaf)[0].double()
-
-    exact = gradient(torch.float64)
-    return bool((gradient(torch.float32) - exact).abs().max() > 1e-3 * exact.abs().max())
 
 
 def close(actual: Tensor, expected: Tensor, atol: float) -> None:
