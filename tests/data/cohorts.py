@@ -45,7 +45,7 @@ def write_cohort(
     return path
 
 
-def import_refused(config: ImportConfig, message: str) -> None:
+def refused(config: ImportConfig, message: str) -> None:
     """The import fails in one line and leaves nothing behind."""
     before = sorted(config.out.parent.iterdir())
     with pytest.raises(UserError, match=message) as error:

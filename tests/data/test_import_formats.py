@@ -10,7 +10,7 @@ import pytest
 
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.importers import ImportConfig, import_cohort
-from tests.data.cohorts import import_refused, noise, small_atlas
+from tests.data.cohorts import noise, refused, small_atlas
 
 nibabel = pytest.importorskip("nibabel")
 h5py = pytest.importorskip("h5py")
@@ -95,13 +95,9 @@ def test_two_atlases_of_a_run_ask_which(source, bold):
     message = (
         r"3 of 3 runs are there 2 times \(seg-4S156Parcels, seg-Glasser\).*--entities seg-4S156"
     )
-    import_refused(config(source), message)
-    import_refused(
-        config(source, entities=("seg-Glaser",)), "no file has it; their names have seg-4S156"
-    )
-    import_refused(
-        config(source, entities=("Glasser",)), "expected a key and a value of BIDS names"
-    )
+    refused(config(source), message)
+    refused(config(source, entities=("seg-Glaser",)), "no file has it; their names have seg-4S156")
+    refused(config(source, entities=("Glasser",)), "expected a key and a value of BIDS names")
     import_cohort(config(source, entities=("seg-Glasser", "task-rest")))
     cohort = assert_holds(
         source.parent / "cohort", {s: b[::-1] for s, b in bold.items()}, prefix="sub-"
@@ -111,9 +107,7 @@ def test_two_atlases_of_a_run_ask_which(source, bold):
 
 def test_a_tr_that_nobody_says_is_asked_for_and_another_one_is_counted(source, atlas, bold):
     write_xcpd(source, bold, sidecar=False)
-    import_refused(
-        config(source, atlas=atlas), "the TR is not given and sub-007_.* does not say it"
-    )
+    refused(config(source, atlas=atlas), "the TR is not given and sub-007_.* does not say it")
     write_xcpd(source, bold)
     report = import_cohort(config(source, atlas=atlas, tr_s=2.0))
     assert_holds(source.parent / "cohort", bold, prefix="sub-", tr_s=2.0)
@@ -193,7 +187,7 @@ def test_dtseries_become_means_over_a_dlabel(source, bold, atlas):
         expected[subject] = np.stack([values[:, inside].mean(axis=1), *means])
         name = f"sub-{subject}_task-rest_space-fsLR_den-91k_desc-denoised_bold.dtseries.nii"
         save_cifti(source / name, values, series(12), brain)
-    import_refused(config(source), "holds grayordinates, not parcels: give an atlas with --labels")
+    refused(config(source), "holds grayordinates, not parcels: give an atlas with --labels")
     import_cohort(config(source, atlas=atlas, labels=labels))
     assert_holds(source.parent / "cohort", expected, prefix="sub-", tr_s=0.72)
     report = import_cohort(config(source, out=source.parent / "own", labels=labels))
@@ -204,7 +198,7 @@ def test_dtseries_become_means_over_a_dlabel(source, bold, atlas):
     other = source.parent / "other.dlabel.nii"
     shifted = nibabel.cifti2.BrainModelAxis.from_surface(np.arange(4), 32, "CortexLeft")
     save_cifti(other, np.array([[3, 4, 5, 7]]), axis, shifted)
-    import_refused(
+    refused(
         config(source, out=source.parent / "x", labels=other),
         "has 64 vertices in CIFTI_STRUCTURE_CORTEX_LEFT but .* has 32: expected one mesh",
     )
@@ -217,11 +211,9 @@ def test_other_cifti_files_are_named(source, bold):
         nibabel.cifti2.ScalarAxis(["thickness"]),
         brain_axis(),
     )
-    import_refused(
-        config(source), "holds no time series but scalars: expected frames along its first"
-    )
+    refused(config(source), "holds no time series but scalars: expected frames along its first")
     (source / "007.dtseries.nii").write_bytes(b"nonsense" * 100)
-    import_refused(config(source), "007.dtseries.nii is no readable image")
+    refused(config(source), "007.dtseries.nii is no readable image")
 
 
 # -- NIfTI ----------------------------------------------------------------------------------
@@ -293,7 +285,7 @@ def test_labels_are_named_and_an_uncovered_one_is_missing_not_shifted(source, vo
     np.testing.assert_allclose(bold[2], expected, rtol=1e-5)
     (source.parent / "three.txt").write_text("a\nb\nc\n")
     three = replace(given, out=source.parent / "x", parcels=source.parent / "three.txt")
-    import_refused(three, "lists 3 names but labels.nii.gz has 4 labels")
+    refused(three, "lists 3 names but labels.nii.gz has 4 labels")
 
 
 def test_labels_on_another_grid_are_put_onto_the_images(source, volumes):
@@ -311,31 +303,29 @@ def test_labels_on_another_grid_are_put_onto_the_images(source, volumes):
 
 
 def test_bad_images_and_labels_get_one_line(source, volumes):
-    import_refused(config(source), "holds voxels, not parcels: give an atlas in the same space")
+    refused(config(source), "holds voxels, not parcels: give an atlas in the same space")
     save_nifti(source.parent / "soft.nii.gz", np.full((6, 7, 5), 0.3, dtype=np.float32))
     soft = config(source, labels=source.parent / "soft.nii.gz")
-    import_refused(soft, "expected a 3-D image of whole numbers, 0 outside: a probabilistic")
+    refused(soft, "expected a 3-D image of whole numbers, 0 outside: a probabilistic")
     far = AFFINE.copy()
     far[:3, 3] += 500
     save_nifti(source.parent / "far.nii.gz", label_volume(), far)
-    import_refused(
-        config(source, labels=source.parent / "far.nii.gz"), "no voxel lies in a label of"
-    )
+    refused(config(source, labels=source.parent / "far.nii.gz"), "no voxel lies in a label of")
     labels = source.parent / "labels.nii.gz"
     name = "sub-010_task-rest_space-MNI152NLin2009cAsym_desc-preproc_bold"
     values = volumes["010"].copy()
     values[2, 2, 2, 5] = np.nan
     save_nifti(source / f"{name}.nii.gz", values, tr=0.8)
-    import_refused(config(source, labels=labels), "has 1 voxels that are NaN in some frames only")
+    refused(config(source, labels=labels), "has 1 voxels that are NaN in some frames only")
     save_nifti(source / f"{name}.nii.gz", volumes["010"], tr=0.8)
     (source / f"{name}.json").write_text('{"RepetitionTime": 2.0}')
-    import_refused(config(source, labels=labels), "a TR of 0.8 s in its header but 2 s in the JSON")
+    refused(config(source, labels=labels), "a TR of 0.8 s in its header but 2 s in the JSON")
     whole = (source / f"{name}.nii.gz").read_bytes()
     (source / f"{name}.nii.gz").write_bytes(whole[: len(whole) // 2])
-    import_refused(config(source, labels=labels), f"{name}.nii.gz is no readable image")
+    refused(config(source, labels=labels), f"{name}.nii.gz is no readable image")
     (source / f"{name}.json").unlink()
     save_nifti(source / f"{name}.nii.gz", volumes["010"], tr=800.0)
-    import_refused(config(source, labels=labels), "tr_s=800 is no repetition time in seconds")
+    refused(config(source, labels=labels), "tr_s=800 is no repetition time in seconds")
 
 
 # -- HDF5 -----------------------------------------------------------------------------------
@@ -372,18 +362,16 @@ def test_hdf5_files_one_a_recording_and_bad_ones(source, atlas, bold):
         with h5py.File(source / f"{subject}_rest.h5", "w") as file:
             file["tc"] = values
             file["motion"] = np.ones((12, 6))
-    import_refused(
-        config(source, atlas=atlas, variable="t", tr_s=1), "no data set 't'.*Did you mean 'tc'"
-    )
+    refused(config(source, atlas=atlas, variable="t", tr_s=1), "no data set 't'.*Did you mean 'tc'")
     import_cohort(config(source, atlas=atlas, variable="tc", tr_s=1.0))
     assert_holds(source.parent / "cohort", bold)
     other = config(source, out=source.parent / "x", atlas=atlas, variable="tc", tr_s=1.0)
     path = source / "010_rest.h5"
     path.write_bytes(path.read_bytes()[:900])
-    import_refused(other, "010_rest.h5 is not a whole HDF5 file")
+    refused(other, "010_rest.h5 is not a whole HDF5 file")
     with h5py.File(path, "w") as file:
         file["tc"] = np.stack([bold["010"]] * 2)
-    import_refused(replace(other, source=path), "no data set of ids: give --ids, or --id-column")
+    refused(replace(other, source=path), "no data set of ids: give --ids, or --id-column")
 
 
 # -- Arrow ----------------------------------------------------------------------------------
@@ -421,11 +409,11 @@ def test_brainlms_arrow_folders_are_read_with_the_column_that_is_named(source, a
     write_arrow(source / "train", brainlm_columns(bold))
     coordinates = {"Index": [1, 2], "X": [0.0, 1.0], "Y": [0.0, 1.0], "Z": [0.0, 1.0]}
     write_arrow(source / "Brain_Region_Coordinates", coordinates, n_files=1)
-    import_refused(
+    refused(
         config(source, atlas=atlas, tr_s=0.735), r"2 columns of recordings \(Raw_Recording, Vox"
     )
     wrong = config(source, atlas=atlas, tr_s=0.735, variable="Raw_Recordings")
-    import_refused(wrong, "no column of recordings 'Raw_Recordings'. Did you mean 'Raw_Recording'")
+    refused(wrong, "no column of recordings 'Raw_Recordings'. Did you mean 'Raw_Recording'")
     given = replace(wrong, variable="Raw_Recording")
     report = import_cohort(given)
     assert_holds(given.out, bold)
@@ -442,7 +430,7 @@ def test_arrow_ids_and_damage_get_one_line(source, atlas, bold):
     columns["Patient ID"] = ["007", "", "023"]
     write_arrow(source / "train", columns, n_files=1)
     given = config(source, atlas=atlas, tr_s=0.735, variable="Raw_Recording")
-    import_refused(given, "column 'Patient ID' is empty in 1 of 3 rows")
+    refused(given, "column 'Patient ID' is empty in 1 of 3 rows")
     import_cohort(replace(given, id_column="Filename"))
     assert_holds(given.out, bold)
     path = next((source / "train").glob("*.arrow"))
@@ -450,16 +438,14 @@ def test_arrow_ids_and_damage_get_one_line(source, atlas, bold):
     for n_bytes in (len(whole) - 8, 200):  # the first cut loses the end mark alone
         path.unlink()
         path.write_bytes(whole[:n_bytes])
-        import_refused(replace(given, out=source.parent / "x"), "is not a whole Arrow file")
+        refused(replace(given, out=source.parent / "x"), "is not a whole Arrow file")
 
 
 def test_uneven_inner_lists_are_refused(source, atlas, bold):
     ragged = [[row.tolist() for row in values] for values in bold.values()]
     ragged[1][2] = ragged[1][2][:-1]
     write_arrow(source / "train", {"bold": ragged, "eid": [7, 10, 23]}, n_files=1)
-    import_refused(
-        config(source, atlas=atlas, tr_s=1.0), "row 1 of 'bold' has inner lists of several len"
-    )
+    refused(config(source, atlas=atlas, tr_s=1.0), "row 1 of 'bold' has inner lists of several len")
 
 
 # -- UK Biobank -----------------------------------------------------------------------------
@@ -476,8 +462,8 @@ def test_names_of_uk_biobank_give_subject_and_instance(source, atlas, bold):
     assert (report.names, report.n_people) == ("UK Biobank", 3)
     np.savetxt(source / "1000007_25750_2_0.txt", bold["007"].T)
     other = config(source, out=source.parent / "x", atlas=atlas, tr_s=0.735)
-    import_refused(other, r"2 data fields of UK Biobank \(25750, 25751\).*--glob '\*_25750_\*'")
-    import_refused(replace(other, glob="*_25752_*"), "it holds none of them")
+    refused(other, r"2 data fields of UK Biobank \(25750, 25751\).*--glob '\*_25750_\*'")
+    refused(replace(other, glob="*_25752_*"), "it holds none of them")
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -486,7 +472,7 @@ def test_connectivity_matrices_are_no_recordings(source, atlas, whole):
     values = matrix if whole else matrix[np.triu_indices(21, 1)][None]
     np.savetxt(source / "1000007_25751_2_0.txt", values)
     message = r"is a connectivity matrix of 21 nodes .* expected time series"
-    import_refused(config(source, atlas=atlas, tr_s=0.735), message)
+    refused(config(source, atlas=atlas, tr_s=0.735), message)
 
 
 @pytest.mark.parametrize(
@@ -499,4 +485,4 @@ def test_connectivity_matrices_are_no_recordings(source, atlas, whole):
 def test_a_missing_package_says_what_to_install(source, monkeypatch, package, name, message):
     (source / name).write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    import_refused(config(source, tr_s=1.0), message)
+    refused(config(source, tr_s=1.0), message)

@@ -18,7 +18,7 @@ from brainfusion.data.importers import (
     import_tables,
 )
 from brainfusion.runtime.errors import UserError
-from tests.data.cohorts import import_refused, noise, small_atlas
+from tests.data.cohorts import noise, refused, small_atlas
 
 PEOPLE = ("007", "010", "023")
 
@@ -134,20 +134,18 @@ def test_repeated_names_are_numbered_only_while_the_order_is_the_same(source, bo
     assert cohort.atlas.parcels == ("a", "b", "a.2", "c")
     assert any("1 columns repeat a parcel name ('a', ...)" in line for line in report.lines())
     write_tsv(source / "023.tsv", bold["023"], ["a", "b", "c", "a"])
-    import_refused(
-        config(source, out=source.parent / "other"), r"023.tsv: .* 1 parcel names repeat"
-    )
+    refused(config(source, out=source.parent / "other"), r"023.tsv: .* 1 parcel names repeat")
 
 
 def test_columns_are_dropped_only_when_asked(source, bold):
     values = np.vstack([np.arange(12), bold["007"]])
     write_tsv(source / "007.tsv", values, ["", "a", "b", "c", "d"])
-    import_refused(config(source), r"column 0 has no name \(a row index\?\).*--drop-columns 0")
+    refused(config(source), r"column 0 has no name \(a row index\?\).*--drop-columns 0")
     report = import_cohort(config(source, drop_columns=("0", "d")))
     assert_holds(source.parent / "cohort", {"007": bold["007"][:3]})
     assert report.n_dropped_columns == 2
     other = config(source, out=source.parent / "other", drop_columns=("0", "dd"))
-    import_refused(other, "has no column 'dd' to drop. Did you mean 'd'")
+    refused(other, "has no column 'dd' to drop. Did you mean 'd'")
 
 
 def test_a_header_of_positions_is_not_taken_for_data(source, atlas, bold):
@@ -163,9 +161,7 @@ def test_rows_of_named_parcels_are_matched_too(source, atlas, bold):
         table = pl.DataFrame(values[::-1], schema=[f"t{i}" for i in range(12)])
         names = pl.Series("parcel", ["p3", "p2", "p1", "p0"])
         table.insert_column(0, names).write_csv(source / f"{subject}.csv")
-    import_refused(
-        config(source, atlas=atlas), r"column 0 \('parcel'\) holds text .* parcels-first"
-    )
+    refused(config(source, atlas=atlas), r"column 0 \('parcel'\) holds text .* parcels-first")
     report = import_cohort(config(source, atlas=atlas, orientation="parcels-first"))
     assert_holds(source.parent / "cohort", bold)
     assert report.n_permuted == 3
@@ -176,7 +172,7 @@ def test_mat_files_are_imported_with_subjects_from_folders(source, atlas, bold):
         folder = source / "subjects" / subject
         folder.mkdir(parents=True)
         io.savemat(folder / "rest.mat", {"tc": values, "tr": 0.72, "label": "x"})
-    import_refused(config(source, atlas=atlas), "1 file names stand in several folders")
+    refused(config(source, atlas=atlas), "1 file names stand in several folders")
     import_mat(config(source, atlas=atlas, pattern="subjects/(?P<subject>[^/]+)/"))
     cohort = assert_holds(source.parent / "cohort", bold)
     assert cohort.recordings.index["recording"][0] == "subjects/007/rest"
@@ -184,12 +180,8 @@ def test_mat_files_are_imported_with_subjects_from_folders(source, atlas, bold):
 
 def test_a_mat_file_with_two_tables_asks_which(source, atlas, bold):
     io.savemat(source / "007.mat", {"tc": bold["007"], "motion": np.ones((12, 6))})
-    import_refused(
-        config(source, atlas=atlas), r"2 two-dimensional numeric variables \(tc \[4, 12\], mot"
-    )
-    import_refused(
-        config(source, atlas=atlas, variable="TC"), "has no numeric table 'TC': it has tc"
-    )
+    refused(config(source, atlas=atlas), r"2 two-dimensional numeric variables \(tc \[4, 12\], mot")
+    refused(config(source, atlas=atlas, variable="TC"), "has no numeric table 'TC': it has tc")
     import_cohort(config(source, atlas=atlas, variable="tc"))
     assert_holds(source.parent / "cohort", {"007": bold["007"]})
 
@@ -197,9 +189,9 @@ def test_a_mat_file_with_two_tables_asks_which(source, atlas, bold):
 def test_hdf5_and_broken_mat_files_get_one_line(source, atlas):
     hdf5 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\x89HDF" + bytes(400)
     (source / "007.mat").write_bytes(hdf5)
-    import_refused(config(source, atlas=atlas), r"is a MATLAB v7.3 \(HDF5\) file, expected v7")
+    refused(config(source, atlas=atlas), r"is a MATLAB v7.3 \(HDF5\) file, expected v7")
     (source / "007.mat").write_bytes(b"not a mat file" * 30)
-    import_refused(config(source, atlas=atlas), "is not a readable MATLAB file")
+    refused(config(source, atlas=atlas), "is not a readable MATLAB file")
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -221,15 +213,11 @@ def test_an_array_and_its_ids_must_agree(source, atlas, bold):
     path = source / "all.npy"
     np.save(path, np.stack(list(bold.values())))
     ids = source / "ids.txt"
-    import_refused(config(path, out=source / "c", atlas=atlas), "is one array of all .* give --ids")
+    refused(config(path, out=source / "c", atlas=atlas), "is one array of all .* give --ids")
     ids.write_text("007\n010\n")
-    import_refused(
-        config(path, out=source / "c", atlas=atlas, ids=ids), "lists 2 recordings but .* 3"
-    )
+    refused(config(path, out=source / "c", atlas=atlas, ids=ids), "lists 2 recordings but .* 3")
     np.save(path, bold["007"])
-    import_refused(
-        config(path, out=source / "c", atlas=atlas, ids=ids), r"has shape \[4, 12\], expected"
-    )
+    refused(config(path, out=source / "c", atlas=atlas, ids=ids), r"has shape \[4, 12\], expected")
 
 
 # -- parcels --------------------------------------------------------------------------------
@@ -246,7 +234,7 @@ def test_names_of_unnamed_arrays_come_from_a_file(source, atlas, bold):
 
 def test_without_atlas_and_names_parcels_are_numbered_and_said(source, bold):
     write_npy(source, bold)
-    import_refused(config(source), r"007_rest.npy has shape \[4, 12\] and nothing says which axis")
+    refused(config(source), r"007_rest.npy has shape \[4, 12\] and nothing says which axis")
     report = import_cohort(config(source, orientation="parcels-first"))
     cohort = assert_holds(source.parent / "cohort", bold)
     assert cohort.atlas.parcels == ("parcel-001", "parcel-002", "parcel-003", "parcel-004")
@@ -260,8 +248,8 @@ def test_a_wrong_number_of_parcels_is_neither_padded_nor_cut(source, atlas, bold
         r"010_rest.npy has shape \[5, 12\] but the atlas 'small' has 4 parcels. Parcel order "
         "carries meaning, so recordings are not padded or cut: give the parcels' names"
     )
-    import_refused(config(source, atlas=atlas), message)
-    import_refused(
+    refused(config(source, atlas=atlas), message)
+    refused(
         config(source, orientation="parcels-first"),
         "010_rest.npy has 5 parcels but the first recording has 4 parcels",
     )
@@ -269,7 +257,7 @@ def test_a_wrong_number_of_parcels_is_neither_padded_nor_cut(source, atlas, bold
 
 def test_a_square_recording_asks_for_its_orientation(source, atlas, bold):
     np.save(source / "007.npy", bold["007"][:, :4])
-    import_refused(config(source, atlas=atlas), r"both axes fit 4 parcels: give --orientation")
+    refused(config(source, atlas=atlas), r"both axes fit 4 parcels: give --orientation")
     import_cohort(config(source, atlas=atlas, orientation="trs-first"))
     assert_holds(source.parent / "cohort", {"007": bold["007"][:, :4].T})
 
@@ -289,7 +277,7 @@ def test_constant_parcels_are_missing_unless_asked_otherwise(source, atlas, bold
 def test_low_coverage_is_refused_or_skipped_and_counted(source, atlas, bold):
     bold["010"][:2] = np.nan
     write_npy(source, bold)
-    import_refused(config(source, atlas=atlas), r"010_rest.npy .* has data in 50.0% of the parcels")
+    refused(config(source, atlas=atlas), r"010_rest.npy .* has data in 50.0% of the parcels")
     report = import_cohort(config(source, atlas=atlas, low_coverage="skip"))
     assert (report.n_skipped_coverage, report.n_recordings) == (1, 2)
     assert_holds(source.parent / "cohort", {s: bold[s] for s in ("007", "023")})
@@ -307,7 +295,7 @@ def test_single_nan_and_infinity_are_refused(source, atlas, bold, value, message
     bold["010"] = bold["010"].astype(np.float64)
     bold["010"][1, 2:4] = value
     write_npy(source, bold)
-    import_refused(config(source, atlas=atlas), message)
+    refused(config(source, atlas=atlas), message)
 
 
 def test_empty_cells_of_a_table_are_refused(source, atlas, bold):
@@ -315,12 +303,10 @@ def test_empty_cells_of_a_table_are_refused(source, atlas, bold):
     text = (source / "007.csv").read_text().splitlines()
     text[3] = "n/a," + text[3].split(",", 1)[1]
     (source / "007.csv").write_text("\n".join(text))
-    import_refused(
-        config(source, atlas=atlas), "recording '007' has 1 single NaN values in 1 parcels"
-    )
+    refused(config(source, atlas=atlas), "recording '007' has 1 single NaN values in 1 parcels")
     text[3] = "oops," + text[3].split(",", 1)[1]
     (source / "007.csv").write_text("\n".join(text))
-    import_refused(config(source, atlas=atlas), "column 0 holds text in 1 rows, expected numbers")
+    refused(config(source, atlas=atlas), "column 0 holds text in 1 rows, expected numbers")
 
 
 # -- people ---------------------------------------------------------------------------------
@@ -348,24 +334,20 @@ def test_people_who_are_not_in_the_table_are_refused_or_dropped(source, atlas, b
     table = source.parent / "people.tsv"
     table.write_text("subject\tage\n007\t30\n")
     given = config(source, atlas=atlas, subjects=table)
-    import_refused(
-        given, r"2 of 3 people with recordings are not in .* \(for example 010, 023\): add"
-    )
+    refused(given, r"2 of 3 people with recordings are not in .* \(for example 010, 023\): add")
     report = import_cohort(replace(given, missing_subjects="drop"))
     assert (report.n_dropped_people, report.n_dropped_recordings) == (2, 2)
     assert_holds(given.out, {"007": bold["007"]})
     table.write_text("subject\tage\n1\t30\n")
     other = replace(given, out=source.parent / "other", missing_subjects="drop")
-    import_refused(other, "3 of 3 people with recordings are not in")
+    refused(other, "3 of 3 people with recordings are not in")
 
 
 def test_a_bids_prefix_on_one_side_only_is_explained(source, atlas, bold):
     write_npy(source, {f"sub-{subject}_ses-2": values for subject, values in bold.items()})
     table = source.parent / "people.csv"
     table.write_text("subject,age\n007,30\n010,40\n023,50\n")
-    import_refused(
-        config(source, atlas=atlas, subjects=table), r"add --pattern 'sub-\(\?P<subject>"
-    )
+    refused(config(source, atlas=atlas, subjects=table), r"add --pattern 'sub-\(\?P<subject>")
     pattern = "sub-(?P<subject>[^_/]+)_ses-(?P<session>[^_/]+)"
     import_cohort(config(source, atlas=atlas, subjects=table, pattern=pattern))
     cohort = assert_holds(source.parent / "cohort", bold)
@@ -396,30 +378,24 @@ def test_a_bad_table_of_people_gets_one_line(source, atlas, bold, text, options,
     write_npy(source, bold)
     (source.parent / "people.csv").write_text(text)
     given = config(source, atlas=atlas, subjects=source.parent / "people.csv", **options)
-    import_refused(given, message)
+    refused(given, message)
 
 
 # -- the source, the output, the command ----------------------------------------------------
 
 
 def test_bad_sources_get_one_line(source, atlas, bold):
-    import_refused(
-        config(source.parent / "none", atlas=atlas), "none does not exist: expected a folder"
-    )
-    import_refused(
-        config(source, atlas=atlas), r"cannot tell what to read \(it holds none of them\)"
-    )
+    refused(config(source.parent / "none", atlas=atlas), "none does not exist: expected a folder")
+    refused(config(source, atlas=atlas), r"cannot tell what to read \(it holds none of them\)")
     write_npy(source, bold)
     np.savetxt(source / "x.tsv", bold["007"])
-    import_refused(config(source, atlas=atlas), r"holds 3 npy, 1 tables\): choose with --kind")
-    import_refused(config(source, atlas=atlas, kind="mat"), r"holds no .mat file that fits '\*'")
-    import_refused(config(source, atlas=atlas, kind="npy", pattern="("), "is no regular expression")
-    import_refused(config(source, atlas=atlas, kind="npy", pattern="00."), "has no group")
+    refused(config(source, atlas=atlas), r"holds 3 npy, 1 tables\): choose with --kind")
+    refused(config(source, atlas=atlas, kind="mat"), r"holds no .mat file that fits '\*'")
+    refused(config(source, atlas=atlas, kind="npy", pattern="("), "is no regular expression")
+    refused(config(source, atlas=atlas, kind="npy", pattern="00."), "has no group")
     unfit = config(source, atlas=atlas, kind="npy", pattern="s(?P<subject>.)_")
-    import_refused(unfit, r"3 of 3 files do not fit --pattern .* \(for example 007_rest.npy\)")
-    import_refused(
-        config(source, atlas=atlas, kind="npy", tr_s=None), "the TR is not given: expected"
-    )
+    refused(unfit, r"3 of 3 files do not fit --pattern .* \(for example 007_rest.npy\)")
+    refused(config(source, atlas=atlas, kind="npy", tr_s=None), "the TR is not given: expected")
     with pytest.raises(UserError, match="a TR in milliseconds is divided by 1000"):
         config(source, tr_s=720.0)
 
@@ -434,14 +410,14 @@ def test_bad_sources_get_one_line(source, atlas, bold):
 )
 def test_an_array_that_is_no_recording_is_refused(source, atlas, values, message):
     np.save(source / "007.npy", values)
-    import_refused(config(source, atlas=atlas), message)
+    refused(config(source, atlas=atlas), message)
 
 
 def test_a_truncated_array_is_named(source, atlas, bold):
     write_npy(source, bold)
     path = source / "023_rest.npy"
     path.write_bytes(path.read_bytes()[:-8])
-    import_refused(config(source, atlas=atlas), "023_rest.npy is not a whole .npy array of numbers")
+    refused(config(source, atlas=atlas), "023_rest.npy is not a whole .npy array of numbers")
 
 
 def test_an_existing_cohort_is_kept_unless_asked(source, atlas, bold):
@@ -449,10 +425,10 @@ def test_an_existing_cohort_is_kept_unless_asked(source, atlas, bold):
     given = config(source, atlas=atlas)
     import_cohort(given)
     before = Cohort.open(given.out).hash
-    import_refused(given, "cohort exists: give another --out, or --overwrite")
+    refused(given, "cohort exists: give another --out, or --overwrite")
     bold["007"] += 1
     write_npy(source, {**bold, "010": bold["010"] * np.nan})
-    import_refused(replace(given, overwrite=True), "has data in 0.0% of the parcels")
+    refused(replace(given, overwrite=True), "has data in 0.0% of the parcels")
     assert Cohort.open(given.out).hash == before
     write_npy(source, bold)
     import_cohort(replace(given, overwrite=True))
@@ -466,9 +442,7 @@ def test_a_full_disk_leaves_nothing(source, atlas, bold, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("brainfusion.data.recordings.RecordingWriter.add", full)
-    import_refused(
-        config(source, atlas=atlas), r"cannot write .*cohort \(No space left on device\)"
-    )
+    refused(config(source, atlas=atlas), r"cannot write .*cohort \(No space left on device\)")
 
 
 def test_the_command_imports_and_names_the_next_one(source, atlas, bold, capsys):
