@@ -9,7 +9,7 @@ that is masked, is zeros behind all of this: it carries nothing about the person
 Shape legend: n people, s genes of all models, k components, c covariates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
@@ -169,13 +169,7 @@ class GeneConditioner:
         """Numbers that a person leaves with."""
         if self.rotations is None:
             return sum(self.n_components)
-        counts = [0] * len(self.models)
-        for gene, n in zip(self.used, self.n_components, strict=True):
-            counts[self.models.index(gene.model)] += n
-        return sum(
-            n if axes is None else axes.shape[1]
-            for n, axes in zip(counts, self.rotations, strict=True)
-        )
+        return sum(self._widths_out())
 
     @property
     def n_dropped(self) -> int:
@@ -225,6 +219,57 @@ class GeneConditioner:
         for out, (_, values) in enumerate(self._each(features, covariates, known)):
             x[:, out, : values.shape[1]] = values
         return GeneArrays(x, np.ascontiguousarray(known[:, used]))
+
+    def without_each(
+        self, features: GeneVectors, covariates: np.ndarray | None = None
+    ) -> Iterator[tuple[Gene, np.ndarray | GeneArrays]]:
+        """What `transform` gives with one gene hidden, for gene after gene of `used`.
+
+        Raises:
+            UserError: As `transform`; also if a person has only the gene that is hidden.
+        """
+        known = self._known(features, None)
+        used = np.array([part is not None for part in self.parts])
+        if n_bare := int((known[:, used].sum(axis=1) < 2).sum()):
+            raise UserError(
+                f"{n_bare} of {len(known)} people have only one of the genes: hiding it leaves "
+                "none; leave these people out."
+            )
+        whole = self.transform(features, covariates)
+        if isinstance(whole, GeneArrays):
+            for column, gene in enumerate(self.used):
+                mask = whole.mask.copy()
+                mask[:, column] = False
+                yield gene, GeneArrays(whole.x, mask)
+            return
+        assert self.rotations is not None
+        columns = dict.fromkeys(self.models, 0)
+        starts, start = {}, 0
+        for model, axes, width in zip(self.models, self.rotations, self._widths_out(), strict=True):
+            starts[model] = (start, axes)
+            start += width
+        for gene, values in self._each(features, covariates, known):
+            first = columns[gene.model]
+            columns[gene.model] += values.shape[1]
+            start, axes = starts[gene.model]
+            own = slice(first, first + values.shape[1])
+            hidden = whole.copy()
+            if axes is None:
+                hidden[:, start + own.start : start + own.stop] = 0
+            else:
+                hidden[:, start : start + axes.shape[1]] -= (values @ axes[own]).astype(np.float32)
+            yield gene, hidden
+
+    def _widths_out(self) -> list[int]:
+        """Columns of each model where genes stand side by side."""
+        assert self.rotations is not None
+        counts = dict.fromkeys(self.models, 0)
+        for gene, n in zip(self.used, self.n_components, strict=True):
+            counts[gene.model] += n
+        return [
+            count if axes is None else axes.shape[1]
+            for count, axes in zip(counts.values(), self.rotations, strict=True)
+        ]
 
     def _known(self, features: GeneVectors, mask: np.ndarray | None) -> np.ndarray:
         """Which genes of whom count, bool [n, s] in the order of `genes`."""

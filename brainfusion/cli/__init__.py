@@ -20,6 +20,7 @@ COMMANDS = {
     "align": "train the shared space of brain features and DNA embeddings",
     "retrieve": "score cross-modal retrieval, or ask for the nearest people",
     "probe": "predict phenotypes from features and from embeddings",
+    "attribute": "measure which genes, networks and parcels retrieval rests on",
     "audit": "check that every table belongs to the people it is joined to",
     "report": "draw a workspace's results as one HTML page",
 }

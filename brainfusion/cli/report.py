@@ -1,8 +1,10 @@
 """`brainfusion report`: gather a workspace's numbers and draw them as one HTML page.
 
-Writes <workspace>/results.json and report.html (one file, no network) from what pretrain, align,
-retrieve and probe have left there, and prints what was found in a few sentences. Given the folder
-of a pretraining run, draws that run instead, into its report.html; it may still be going on.
+Writes <workspace>/results.json, results.parquet (the same, a row a metric), report.html (one file,
+no network) and model_card.md from what pretrain, align, retrieve, probe and attribute have left
+there, and prints what was found in a few sentences. Given the folder of a pretraining run, draws
+that run instead, into its report.html; it may still be going on. Given several alignment runs, sets
+them side by side and compares them on the test people that all of them have.
 """
 
 from collections.abc import Sequence
@@ -27,29 +29,63 @@ from brainfusion.runtime.logs import say
 class ReportOptions:
     """Options of `brainfusion report`."""
 
-    run: tyro.conf.Positional[Path | None] = None
-    """The folder of a pretraining run, to draw that alone."""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """A pretraining run, to draw that alone; or alignment runs, to set side by side."""
     brain: str = "brainjepa"
     """Brain features of the alignment to report."""
     dna: tuple[str, ...] = ("evo2",)
     """DNA embeddings of the alignment to report: one model or several."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
+    out: Path | None = None
+    """The page of runs side by side; <workspace>/comparison.html by default."""
 
 
 def main(argv: list[str]) -> int:
     """Write results.json and report.html, and print the verdict."""
+    from brainfusion.eval.model_card import write_model_card
     from brainfusion.eval.report import write_report
+    from brainfusion.eval.tidy import write_tidy
     from brainfusion.eval.verdict import verdict
 
     options = parse(ReportOptions, argv, prog="brainfusion report", description=__doc__ or "")
-    if options.run is not None:
-        return _report_pretraining(options.run)
     workspace = Workspace.of(options.place)
+    if options.runs:
+        if len(options.runs) == 1 and not (options.runs[0] / "retrieval.json").exists():
+            return _report_pretraining(options.runs[0])
+        return _compare(options, workspace)
+    if options.out is not None:
+        raise UserError("--out goes with several runs; the report is <workspace>/report.html.")
     results = gather(workspace, options.brain, dna_models(options.dna))
     write_json(workspace.root / "results.json", results)
     page = write_report(workspace.root)
+    table = write_tidy(workspace.root / "results.parquet", results)
+    card = write_model_card(workspace.root / "model_card.md", results)
     print("\n".join(verdict(results)))
-    say(f"written: {workspace.root / 'results.json'}, {page}")
+    say(f"written: {workspace.root / 'results.json'}, {table.name}, {page.name}, {card.name}")
+    return 0
+
+
+def _compare(options: ReportOptions, workspace: Workspace) -> int:
+    """Set alignment runs side by side."""
+    from brainfusion.eval.report_compare import (
+        compare_runs,
+        findings,
+        read_alignment_runs,
+        write_comparison,
+    )
+
+    runs = read_alignment_runs(options.runs)
+    families = None
+    if (workspace.cohort_path / "cohort.json").exists():
+        subjects = workspace.open_cohort().subjects
+        if "family" in subjects.columns:
+            families = dict(subjects.drop_nulls("family").select("subject", "family").iter_rows())
+    if families is None:
+        say("no families are known: people count as unrelated (--cohort names the cohort).")
+    compared = compare_runs(runs, families=families)
+    page = write_comparison(options.out or workspace.root / "comparison.html", runs, compared)
+    print("\n".join(findings(runs, compared)))
+    say(f"written: {page}")
     return 0
 
 
@@ -89,6 +125,7 @@ def gather(workspace: Workspace, brain: str, dna: Sequence[str]) -> dict[str, An
         | {"hash": splits.hash},
         "flow": summary.pop("flow", []),
     }
+    attribution = run_dir / "attribution.json"
     probes, stages = workspace.root / "probes.json", workspace.root / "stages.json"
     truth = cohort.truth()
     return {
@@ -112,6 +149,7 @@ def gather(workspace: Workspace, brain: str, dna: Sequence[str]) -> dict[str, An
         | {"metrics": str((run_dir / "metrics.jsonl").relative_to(workspace.root))},
         "retrieval": read_json(run_dir / "retrieval.json"),
         "probes": read_json(probes) if probes.exists() else [],
+        "attribution": read_json(attribution) if attribution.exists() else {},
         "stages": read_json(stages)["stages"] if stages.exists() else [],
         "figures": {"similarity": str((run_dir / "similarity.npz").relative_to(workspace.root))},
     }

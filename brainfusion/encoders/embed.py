@@ -147,8 +147,8 @@ def embed(
         say(f"pooling: {pooling}, which fits an encoder of this size (--pooling takes another).")
     check_pooling(pooling, poolings(pretrained.module))
     order = parcel_order(pretrained, cohort)
-    xyz = _xyz(pretrained, cohort, order)
-    rows, lengths = _long_enough(pretrained, cohort, pooling)
+    xyz = centroids_mm(pretrained, cohort, order)
+    rows, lengths = long_enough(pretrained, cohort, pooling)
     warnings = _preflight(pretrained, cohort, rows, order, strict=settings.strict)
     key = {
         "encoder": pretrained.model,
@@ -161,7 +161,7 @@ def embed(
         "package_version": __version__,
     }
     assert parts is not None or ranks.world_size == 1
-    encode = _Encode(pretrained, xyz, pooling, settings, ranks.device)
+    encode = FrozenEncoder(pretrained, xyz, pooling, settings, ranks.device)
     with tempfile.TemporaryDirectory() if parts is None else nullcontext(parts) as folder:
         work = Parts(Path(folder), save_every_s=save_every_s)
         # All ranks look before one writes, so that they stop together.
@@ -171,7 +171,7 @@ def embed(
             work.begin(key)
         try:
             todo = ~np.isin(rows, _from_main(work.done() if ranks.is_main else None))
-            batches = _batches(rows[todo], lengths[todo], cohort, settings.batch_size)
+            batches = batches_of_one_length(rows[todo], lengths[todo], cohort, settings.batch_size)
             if n_done := len(rows) - int(todo.sum()):
                 say(f"{n_done} recordings were embedded before: going on from there.")
             _run(encode, cohort, order, batches[ranks.rank :: ranks.world_size], work, ranks)
@@ -276,7 +276,7 @@ def parcel_order(pretrained: Pretrained, cohort: Cohort) -> np.ndarray:
     return match.order
 
 
-class _Encode:
+class FrozenEncoder:
     """Conditioned recordings to vectors, on one device."""
 
     def __init__(
@@ -315,7 +315,7 @@ class _Encode:
 
 
 def _run(
-    encode: _Encode,
+    encode: FrozenEncoder,
     cohort: Cohort,
     order: np.ndarray,
     batches: Sequence[np.ndarray],
@@ -337,7 +337,7 @@ def _run(
     work.flush()
 
 
-def _long_enough(
+def long_enough(
     pretrained: Pretrained, cohort: Cohort, pooling: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows (int64) of the recordings that the encoder can take, and their conditioned lengths."""
@@ -382,7 +382,7 @@ def _preflight(
     return warnings
 
 
-def _batches(
+def batches_of_one_length(
     rows: np.ndarray, lengths: np.ndarray, cohort: Cohort, batch_size: int
 ) -> list[np.ndarray]:
     """Rows in batches of one conditioned length, in an order that reads shard after shard."""
@@ -404,7 +404,7 @@ def _people(cohort: Cohort, rows: np.ndarray) -> tuple[list[str], list[np.ndarra
     return list(found), list(found.values())
 
 
-def _xyz(pretrained: Pretrained, cohort: Cohort, order: np.ndarray) -> np.ndarray | None:
+def centroids_mm(pretrained: Pretrained, cohort: Cohort, order: np.ndarray) -> np.ndarray | None:
     """float32 [p, 3] centroids in mm for an encoder that reads them.
 
     The checkpoint's own where it has them: other figures for the same parcels would be other input.

@@ -15,6 +15,7 @@ from brainfusion.eval import figures
 from brainfusion.eval import report_sections as sections
 from brainfusion.eval.drawing import DIRECTION_COLOURS, GREY, INK
 from brainfusion.eval.forest import symbols
+from brainfusion.eval.report_attribution import attribution_section
 from brainfusion.eval.report_parts import date_text, document
 from brainfusion.eval.report_probes import probes_section
 from brainfusion.eval.report_tables import cohort_section, provenance_section, stages_section
@@ -85,6 +86,11 @@ def page(results: Row, workspace: Path) -> str:
         ("control", "The control", lambda: sections.control_section(results)),
         ("space", "The shared space", lambda: sections.space_section(results, workspace)),
         ("probes", "What the features predict", lambda: probes_section(results)),
+        (
+            "attribution",
+            "What retrieval rests on",
+            lambda: attribution_section(results.get("attribution") or {}),
+        ),
         ("training", "Training", lambda: training_section(results, workspace)),
         ("cohort", "The cohort", lambda: cohort_section(results.get("cohort") or {})),
         ("stages", "Stages", lambda: stages_section(results.get("stages") or [])),

@@ -52,7 +52,7 @@ def high_water_mib() -> float:
 
 def killed(rank: int, world_size: int, cohort: Path, folder: Path) -> None:
     """Die of SIGKILL in the third batch, as a job does that runs out of time."""
-    real, count = embedding._Encode.__call__, 0
+    real, count = embedding.FrozenEncoder.__call__, 0
 
     def dies(self, x):
         nonlocal count
@@ -62,7 +62,7 @@ def killed(rank: int, world_size: int, cohort: Path, folder: Path) -> None:
         return real(self, x)
 
     ranks = Ranks(rank=rank, world_size=world_size)
-    with mock.patch.object(embedding._Encode, "__call__", dies):
+    with mock.patch.object(embedding.FrozenEncoder, "__call__", dies):
         for model in MODELS:
             embedding.embed(
                 fresh(model),
@@ -82,14 +82,14 @@ def together(rank: int, world_size: int, cohort: Path, folder: Path) -> dict[str
         written = embed_to_file(out, fresh(model), Cohort.open(cohort), settings(), ranks=ranks)
         result[model] = written is not None
     # Go on where one process was stopped, and refuse what another encoder left.
-    real, counts = embedding._Encode.__call__, [0]
+    real, counts = embedding.FrozenEncoder.__call__, [0]
 
     def counting(self, x):
         counts[0] += len(x)
         return real(self, x)
 
     encoder, opened = fresh("brainlm"), Cohort.open(cohort)
-    with mock.patch.object(embedding._Encode, "__call__", counting):
+    with mock.patch.object(embedding.FrozenEncoder, "__call__", counting):
         embed_to_file(folder / "begun.parquet", encoder, opened, settings(), ranks=ranks)
     result["went on with"] = counts[0]
     with pytest.raises(UserError) as caught:
@@ -118,13 +118,13 @@ def one(cohort: Cohort) -> dict[str, np.ndarray]:
 
 def begin(model: str, cohort: Cohort, out: Path, *, n_batches: int) -> None:
     """Leave the parts of a run that was stopped."""
-    batches = embedding._batches
+    batches = embedding.batches_of_one_length
 
     def fewer(*args):
         return batches(*args)[:n_batches]
 
     with (
-        mock.patch.object(embedding, "_batches", fewer),
+        mock.patch.object(embedding, "batches_of_one_length", fewer),
         mock.patch.object(Parts, "means", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
@@ -196,14 +196,14 @@ def test_processes_that_were_killed_lose_a_batch_each_and_one_goes_on(one, cohor
     assert not out.exists()
     n_done = len(Parts(parts_folder(out)).done())
     assert 2 <= n_done <= 8  # two batches of two each, or fewer where the other died first
-    count, real = 0, embedding._Encode.__call__
+    count, real = 0, embedding.FrozenEncoder.__call__
 
     def counts(self, x):
         nonlocal count
         count += len(x)
         return real(self, x)
 
-    with mock.patch.object(embedding._Encode, "__call__", counts):
+    with mock.patch.object(embedding.FrozenEncoder, "__call__", counts):
         embed_to_file(out, fresh("brainlm"), cohort, settings(batch_size=5))
     assert count == 23 - n_done
     np.testing.assert_allclose(read_features(out).vectors, one["brainlm"], atol=1e-5)

@@ -44,7 +44,7 @@ def interrupt(
     encoder: Pretrained, cohort: Cohort, out: Path, *, after: int, **options: Any
 ) -> None:
     """Stop an embedding, one recording a batch and a part a batch, after some batches."""
-    count, real = 0, embedding._Encode.__call__
+    count, real = 0, embedding.FrozenEncoder.__call__
 
     def stops(self, x):
         nonlocal count
@@ -55,7 +55,7 @@ def interrupt(
 
     options = {"pooling": "mean", "batch_size": 1, **options}
     with (
-        mock.patch.object(embedding._Encode, "__call__", stops),
+        mock.patch.object(embedding.FrozenEncoder, "__call__", stops),
         pytest.raises(KeyboardInterrupt),
     ):
         embedding.embed(
@@ -69,14 +69,14 @@ def interrupt(
 
 def recordings_encoded(encoder: Pretrained, cohort: Cohort, out: Path, **options: Any) -> int:
     """Finish an embedding; returns how many recordings that took."""
-    count, real = 0, embedding._Encode.__call__
+    count, real = 0, embedding.FrozenEncoder.__call__
 
     def counts(self, x):
         nonlocal count
         count += len(x)
         return real(self, x)
 
-    with mock.patch.object(embedding._Encode, "__call__", counts):
+    with mock.patch.object(embedding.FrozenEncoder, "__call__", counts):
         embed_to_file(out, encoder, cohort, EmbedSettings(**{"pooling": "mean", **options}))
     return count
 

@@ -71,6 +71,7 @@ def write_example(workspace: Path, *, effect: float = 1.4, seed: int = 0) -> dic
         "figures": {"similarity": "align/brainjepa-evo2/similarity.npz"},
         "retrieval": retrieval(ranks, effect),
         "probes": probes(effect),
+        "attribution": attribution(effect),
         "stages": [
             {"name": "simulate", "seconds": 8.2, "peak_mib": 612.0, "cached": False},
             {"name": "pretrain brainjepa", "seconds": 71.3, "peak_mib": 905.0, "cached": False},
@@ -243,6 +244,41 @@ def probes(effect: float) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def attribution(effect: float) -> dict[str, Any]:
+    """Genes of which two matter, and networks of parcels with places."""
+
+    def rows(names: list[str], drops: list[float]) -> list[dict[str, Any]]:
+        return [
+            {
+                "unit": name,
+                "auc": 0.84 - drop,
+                "drop": drop,
+                "ci_low": drop - 0.01,
+                "ci_high": drop + 0.01,
+                "p_value": 0.001 if drop > 0.02 else 0.4,
+                "q_value": 0.012 if drop > 0.02 else 0.6,
+            }
+            for name, drop in zip(names, drops, strict=True)
+        ]
+
+    rng = np.random.default_rng(5)
+    networks = [f"Net{i % 7}" for i in range(60)]
+    scale = 1.0 if effect else 0.0
+    genes = sorted([0.11 * scale, 0.05 * scale, *(0.002 * rng.normal(size=22))], reverse=True)
+    large = sorted([0.06 * scale, *(0.002 * rng.normal(size=6))], reverse=True)
+    return {
+        "n_people": N_TEST,
+        "retrained": False,
+        "genes": {"rows": rows([f"GENE{i}" for i in range(24)], genes)},
+        "networks": {
+            "rows": rows([f"Net{i}" for i in range(7)], large),
+            "parcels": [f"p{i}" for i in range(60)],
+            "networks": networks,
+            "xyz_mm": (rng.uniform(-1, 1, (60, 3)) * [65, 85, 60]).round(1).tolist(),
+        },
+    }
 
 
 def _write_arrays(workspace: Path, rng: np.random.Generator, effect: float) -> dict[str, Any]:
