@@ -1,6 +1,7 @@
 """The settings of an alignment."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from brainfusion.alignment.gene_conditioning import DnaPool
 from brainfusion.alignment.losses import LossName
@@ -39,6 +40,13 @@ class AlignConfig:
     dropout: float = 0.1
     """Share of hidden units dropped in training."""
 
+    # -- start and score ---------------------------------------------------------------------
+    init: Literal["rcca", "random"] = "rcca"
+    """Where projectors start: at ridge CCA of the training people, or at random."""
+    score: Literal["density-ratio", "cosine"] = "density-ratio"
+    """How pairs are scored: by the log density ratio of the shared space, with ridge,
+    correlations and scale from validation people, or by the cosine alone."""
+
     # -- objective ---------------------------------------------------------------------------
     loss: LossName = "info_nce"
     """Ours, or open_clip's ClipLoss (clip) or SigLipLoss (siglip)."""
@@ -50,6 +58,13 @@ class AlignConfig:
     """Greatest logit scale."""
     init_bias: float = -10.0
     """Logit bias to start from; for siglip only."""
+    pair_weights: tuple[str, ...] = ()
+    """Weights of pairs of modalities, as "brain_brainlm-dna_evo2=0.5" (0 leaves the pair out);
+    every pair that is not named has the weight 1. The loss is the weighted mean of the pairs'."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products in the loss; sums are in float32 always."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How processes share embeddings: all at once, or passed around, where memory is short."""
 
     # -- optimisation ------------------------------------------------------------------------
     lr: float = 1e-3
@@ -63,9 +78,12 @@ class AlignConfig:
     eval_every: int = 5
     """Steps between looks at the validation people."""
     patience: int = 6
-    """Looks without a better validation AUC after which training stops."""
+    """Looks without a better validation metric after which training stops."""
+    early_stopping: Literal["auc", "information"] = "auc"
+    """The validation metric: AUC, or the bound on mutual information, log N less the loss.
+    Both are means over the pairs of modalities of different sides."""
     batch_size: int = 0
-    """Pairs in a batch, over all processes; 0 is all training people at once."""
+    """People in a batch, over all processes; 0 is all training people at once."""
     seed: int = 0
     """Of weights, batches and dropout."""
 

@@ -1,139 +1,44 @@
-"""Projectors of all modalities with one logit scale, and how a trained one is saved and opened.
+"""A trained alignment: raw features to embeddings and scores; how it is saved and opened.
 
 Shape legend: n people, i input features of a modality, o width of the shared space.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from brainfusion.alignment.conditioning import Conditioner
-from brainfusion.alignment.gene_conditioning import GeneArrays, GeneConditioner
+from brainfusion.alignment.density_ratio import DensityRatio
+from brainfusion.alignment.gene_conditioning import GeneConditioner
 from brainfusion.alignment.gene_vectors import Gene, GeneVectors
-from brainfusion.alignment.genes import GeneBatch, GenePool, GeneTower, gene_shares
-from brainfusion.alignment.projector import Projector
+from brainfusion.alignment.genes import GeneBatch, GeneTower, gene_shares
+from brainfusion.alignment.modalities import modality_name, sides_of
+from brainfusion.alignment.network import AlignmentModel, Inputs, as_inputs, n_people, take
 from brainfusion.runtime.checkpoint import load_weights, save_weights
 from brainfusion.runtime.errors import CheckpointError, UserError, nearest
 from brainfusion.runtime.files import atomic_folder, read_json, write_json
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from brainfusion.alignment.linear import LinearModel
+
+FORMAT = 2
+"""Of the folder; 1 knew neither a head nor other kinds of models, and is still read."""
 _ROWS_AT_ONCE = 8192
 
-Inputs = Tensor | GeneBatch
-"""Conditioned features [n, i], or genes that the model pools."""
 
-
-class GeneSettings(TypedDict):
-    """How a modality's genes are pooled before its projector."""
-
-    n_components: Sequence[int]
-    pool: GenePool
-
-
-class AlignmentModel(nn.Module):
-    """One projector a modality, and the learnt scale of the cosines between them.
-
-    A modality that comes as genes has a tower of its own before the projector, which pools them.
-    """
-
-    log_scale: Tensor
-    logit_bias: Tensor | None
-
-    def __init__(
-        self,
-        dims_in: Mapping[str, int],
-        *,
-        dim_out: int = 512,
-        dim_hidden: int = 1024,
-        dropout: float = 0.1,
-        init_scale: float = 1 / 0.07,
-        min_scale: float = 1.0,
-        max_scale: float = 100.0,
-        init_bias: float | None = None,
-        genes: Mapping[str, GeneSettings] | None = None,
-    ) -> None:
-        """Make the projectors.
-
-        Args:
-            dims_in: Input features of each modality's projector, by the modality's name.
-            dim_out: Width of the shared space.
-            dim_hidden: Width of the projectors' hidden layer.
-            dropout: Share of hidden units dropped in training.
-            init_scale: Logit scale to start from.
-            min_scale: Least logit scale that `clamp_scale_` leaves.
-            max_scale: Greatest logit scale that `clamp_scale_` leaves.
-            init_bias: Start of a learnt logit bias, which SigLIP's loss wants; none if omitted.
-            genes: How modalities that come as genes are pooled, by name.
-        """
-        super().__init__()
-        self.settings: dict[str, Any] = {
-            "dims_in": dict(dims_in),
-            "dim_out": dim_out,
-            "dim_hidden": dim_hidden,
-            "dropout": dropout,
-            "init_scale": init_scale,
-            "min_scale": min_scale,
-            "max_scale": max_scale,
-            "init_bias": init_bias,
-            "genes": {name: dict(settings) for name, settings in (genes or {}).items()},
-        }
-        self.projectors = nn.ModuleDict(
-            {name: Projector(dim, dim_out, dim_hidden, dropout) for name, dim in dims_in.items()}
-        )
-        self.towers = nn.ModuleDict(
-            {
-                name: GeneTower(how["n_components"], width=dims_in[name], pool=how["pool"])
-                for name, how in (genes or {}).items()
-            }
-        )
-        self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
-        bias = None if init_bias is None else nn.Parameter(torch.tensor(float(init_bias)))
-        self.register_parameter("logit_bias", bias)
-
-    @property
-    def logit_scale(self) -> Float[Tensor, ""]:
-        """The multiplier of the cosines."""
-        return self.log_scale.exp()
-
-    @torch.no_grad()
-    def clamp_scale_(self) -> None:
-        """Put the logit scale back between its bounds; call it after each optimizer step."""
-        low, high = (math.log(self.settings[key]) for key in ("min_scale", "max_scale"))
-        self.log_scale.clamp_(low, high)
-
-    def embed(self, name: str, inputs: Inputs) -> Float[Tensor, "n o"]:
-        """Conditioned features of the modality `name` to unit rows of the shared space."""
-        if name not in self.projectors:
-            raise UserError(f"no modality '{name}' in this model. {nearest(name, self.projectors)}")
-        features = self.towers[name](*inputs) if isinstance(inputs, GeneBatch) else inputs
-        return F.normalize(self.projectors[name](features), dim=-1)
-
-
-def as_inputs(conditioned: np.ndarray | GeneArrays) -> Inputs:
-    """What a conditioner gave, as tensors; no copy."""
-    if isinstance(conditioned, GeneArrays):
-        return GeneBatch(*map(torch.from_numpy, conditioned))
-    return torch.from_numpy(conditioned)
-
-
-def take(inputs: Inputs, rows: Any) -> Inputs:
-    """Some people's inputs."""
-    return inputs.take(rows) if isinstance(inputs, GeneBatch) else inputs[rows]
-
-
-def n_people(inputs: Inputs) -> int:
-    """How many people's inputs these are."""
-    return len(inputs.x if isinstance(inputs, GeneBatch) else inputs)
+def _modality(side: str, name: str, short: Mapping[str, str]) -> str:
+    """The modality that an encoder or a model is, by either of its names."""
+    if name in short.values():
+        return name
+    known = modality_name(side, name).removeprefix(f"{side}_")
+    if known not in short and len(short) > 1:
+        raise UserError(f"no {side} modality '{name}' in this model. {nearest(name, short)}")
+    return short.get(known, next(iter(short.values())))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,10 +59,17 @@ class GeneWeights:
 class Alignment:
     """A trained model with the conditioners it was trained behind: raw features to embeddings."""
 
-    model: AlignmentModel
+    model: "AlignmentModel | LinearModel"
     conditioners: dict[str, Conditioner | GeneConditioner]
+    head: DensityRatio | None = None
+    """Scores pairs of the two sides' embeddings; the cosine does where there is none."""
     info: dict[str, Any] = field(default_factory=dict)
     """What `state.json` says: config, step, validation AUC, provenance."""
+
+    @property
+    def sides(self) -> dict[str, tuple[str, ...]]:
+        """The modalities of each side: {"brain": ("brain",), "dna": ("dna_evo2", ...)}."""
+        return sides_of(self.conditioners)
 
     def embed(
         self,
@@ -186,26 +98,114 @@ class Alignment:
                 modality that does not come as genes.
         """
         inputs = self._inputs(name, features, covariates, mask)
-        device, parts = self.model.log_scale.device, []
+        device, parts = self._device, []
         with self._evaluating():
             for start in range(0, n_people(inputs), _ROWS_AT_ONCE):
                 part = take(inputs, slice(start, start + _ROWS_AT_ONCE))
                 parts.append(self.model.embed(name, part.to(device)).float().cpu())
         return torch.cat(parts).numpy()
 
-    def embed_brain(self, features: np.ndarray, covariates: np.ndarray | None = None) -> np.ndarray:
-        """`embed` for the modality called "brain"."""
-        return self.embed("brain", features, covariates)
+    def embed_brain(
+        self,
+        features: Any,
+        covariates: np.ndarray | None = None,
+        *,
+        encoder: str | None = None,
+    ) -> np.ndarray:
+        """`embed` for a brain modality, or for the whole side.
+
+        Args:
+            features: [n, i]. For the whole side of a model that has several brain modalities,
+                {encoder: [n, i]} of the same people, for those of its encoders that there are:
+                the embedding is then their mean, of unit norm.
+            covariates: As for `embed`.
+            encoder: Which brain modality the features are of, where the model has several.
+
+        Raises:
+            UserError: As `embed`; and several brain modalities of which none is named.
+        """
+        return self._embed_side("brain", features, covariates, encoder, option="encoder")
 
     def embed_dna(
         self,
         features: Any,
         covariates: np.ndarray | None = None,
         *,
+        model: str | None = None,
         mask: np.ndarray | None = None,
     ) -> np.ndarray:
-        """`embed` for the modality called "dna"."""
-        return self.embed("dna", features, covariates, mask=mask)
+        """`embed` for a DNA modality, or for the whole side; as `embed_brain`.
+
+        Args:
+            features: As for `embed`, or {model: features} of the same people.
+            covariates: As for `embed`.
+            model: Which DNA modality the features are of, where this model has several.
+            mask: Of genes, as for `embed`; of one modality only.
+        """
+        return self._embed_side("dna", features, covariates, model, option="model", mask=mask)
+
+    def score_vectors(
+        self, name: str, features: Any, covariates: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Vectors whose inner product with the other side's is the score of a pair in nats.
+
+        Args:
+            name: A modality, or a side with {encoder or model: features} as for `embed_brain`.
+            features: As for `embed`.
+            covariates: As for `embed`.
+
+        Returns:
+            float32 [n, k + 2], not to be normalised (`DensityRatio.vectors`).
+
+        Raises:
+            UserError: As `embed`; and a model without a head.
+        """
+        if self.head is None:
+            raise UserError(
+                "this alignment scores pairs by the cosine of their embeddings: it has no score "
+                "vectors. Align with score 'density-ratio', or use embed()."
+            )
+        side = next((s for s, names in self.sides.items() if name == s or name in names), name)
+        if name in self.conditioners:
+            embedded = self.embed(name, features, covariates)
+        else:
+            embedded = self._embed_side(side, features, covariates, None, option="name")
+        return self.head.vectors(side, embedded)
+
+    def _embed_side(
+        self,
+        side: str,
+        features: Any,
+        covariates: np.ndarray | None,
+        which: str | None,
+        *,
+        option: str,
+        mask: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Of one modality of a side, or the mean of several."""
+        names = self.sides.get(side)
+        if names is None:
+            raise UserError(f"no side '{side}' in this model. {nearest(side, self.sides)}")
+        short = {name.removeprefix(f"{side}_"): name for name in names}
+        given = features if isinstance(features, Mapping) and which is None else None
+        # With one modality a mapping is its gene sources, by model.
+        if given is not None and len(names) > 1:
+            if mask is not None:
+                raise UserError("a mask of genes is of one modality: name it.")
+            own = {_modality(side, key, short): value for key, value in given.items()}
+            if not own:
+                raise UserError(f"no features of the {side} side: expected {', '.join(short)}.")
+            total = sum(self.embed(name, value, covariates) for name, value in own.items())
+            assert isinstance(total, np.ndarray)
+            norms = np.linalg.norm(total, axis=1, keepdims=True)
+            return total / np.maximum(norms, 1e-12) if len(own) > 1 else total
+        if which is None and len(names) > 1:
+            raise UserError(
+                f"the {side} side of this model has {len(names)} modalities: name one with "
+                f"{option}=, or give {{name: features}}. Known: {', '.join(short)}."
+            )
+        name = next(iter(names)) if which is None else _modality(side, which, short)
+        return self.embed(name, features, covariates, mask=mask)
 
     def gene_weights(
         self, features: Any, covariates: np.ndarray | None = None, *, name: str = "dna"
@@ -225,10 +225,11 @@ class Alignment:
                 f"the {name} side of this model has no pool of genes, so it weighs none: align "
                 "with dna_pool 'attention'."
             )
+        assert isinstance(self.model, AlignmentModel)
         tower, conditioner = self.model.towers[name], self.conditioners[name]
         assert isinstance(tower, GeneTower)
         assert isinstance(conditioner, GeneConditioner)
-        batch = inputs.to(self.model.log_scale.device)
+        batch = inputs.to(self._device)
         with self._evaluating():
             attention = [
                 tower.attention(*batch.take(slice(start, start + _ROWS_AT_ONCE)))
@@ -262,6 +263,10 @@ class Alignment:
             )
         return as_inputs(conditioner.transform(features, covariates))
 
+    @property
+    def _device(self) -> torch.device:
+        return self.model.logit_scale.device
+
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         was_training = self.model.training
@@ -273,7 +278,10 @@ class Alignment:
             self.model.train(was_training)
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors, conditioners.safetensors and state.json; whole or not at all."""
+        """Write model.safetensors, conditioners.safetensors and state.json, whole or not at all.
+
+        Of a head its arrays, too, as head.safetensors.
+        """
         from safetensors.numpy import save_file
 
         described = {name: c.to_dict() for name, c in self.conditioners.items()}
@@ -282,14 +290,18 @@ class Alignment:
             for name, values in described.items()
             for key, array in values.pop("arrays").items()
         }
-        state = {
+        state: dict[str, Any] = {
             "format": FORMAT,
             "kind": "alignment",
             "model": self.model.settings,
             "conditioners": described,
             **self.info,
         }
+        head = None if self.head is None else self.head.to_dict()
         with atomic_folder(folder) as aside:
+            if head is not None:
+                save_file(head.pop("arrays"), aside / "head.safetensors")
+                state["head"] = head
             save_weights(aside / "model.safetensors", self.model.state_dict())
             save_file(arrays, aside / "conditioners.safetensors")
             write_json(aside / "state.json", state)
@@ -313,9 +325,12 @@ class Alignment:
                 }
                 kind = GeneConditioner if values.pop("kind", None) == "genes" else Conditioner
                 conditioners[name] = kind.from_dict({**values, "arrays": own})
-            settings = state.pop("model")
-            model = AlignmentModel(settings.pop("dims_in"), **settings)
+            model = _make(state.pop("model"))
             model.load_state_dict(load_weights(folder))
+            head = None
+            if described := state.pop("head", None):
+                arrays = _read_arrays(folder / "head.safetensors")
+                head = DensityRatio.from_dict({**described, "arrays": arrays})
         except (KeyError, TypeError, RuntimeError) as error:
             text = " ".join(str(error).split())
             raise CheckpointError(
@@ -323,7 +338,7 @@ class Alignment:
                 "restore the folder, or align again."
             ) from error
         info = {key: value for key, value in state.items() if key not in ("format", "kind")}
-        return cls(model=model.to(device).eval(), conditioners=conditioners, info=info)
+        return cls(model=model.to(device).eval(), conditioners=conditioners, head=head, info=info)
 
 
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> Alignment:
@@ -336,6 +351,21 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> Alignment:
     if not (folder / "state.json").exists() and (folder / "model").is_dir():
         folder = folder / "model"
     return Alignment.load(folder, device=device)
+
+
+def _make(settings: dict[str, Any]) -> "AlignmentModel | LinearModel":
+    """A model with fresh weights, of the kind that its settings say."""
+    kind = settings.pop("kind", "projectors")
+    if kind == "linear":
+        from brainfusion.alignment.linear import LinearModel  # which is made of this module
+
+        return LinearModel(settings.pop("dims_in"), **settings)
+    if kind != "projectors":
+        raise CheckpointError(
+            f"the model is of the kind '{kind}', which this version does not know: use the "
+            "version that wrote it."
+        )
+    return AlignmentModel(settings.pop("dims_in"), **settings)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -351,9 +381,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
             f"{folder} is a checkpoint of something else than an alignment: expected the folder "
             "of an alignment run. Make one with scripts/align.py."
         )
-    if state.get("format") != FORMAT:
+    if state.get("format") not in (1, FORMAT):
         raise CheckpointError(
-            f"{folder} has format {state.get('format')}, this version reads format {FORMAT}: "
+            f"{folder} has format {state.get('format')}, this version reads 1 to {FORMAT}: "
             "align again, or use the version that wrote it."
         )
     return state

@@ -1,20 +1,29 @@
 """What comes before the training loop: checks, conditioners, the model with fresh weights."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
+from brainfusion.alignment.batches import Batch
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.config import AlignConfig
 from brainfusion.alignment.gene_conditioning import GeneConditioner, describe_genes
 from brainfusion.alignment.gene_vectors import GeneVectors
-from brainfusion.alignment.model import AlignmentModel, GeneSettings, Inputs, as_inputs
+from brainfusion.alignment.genes import GeneBatch
+from brainfusion.alignment.initialise import find_start
+from brainfusion.alignment.modalities import LEAST_TRAINING, LEAST_VALIDATION
+from brainfusion.alignment.network import AlignmentModel, GeneSettings, Inputs, as_inputs
 from brainfusion.runtime.distributed import Ranks
-from brainfusion.runtime.errors import UserError
+from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.logs import say
+
+if TYPE_CHECKING:
+    from brainfusion.alignment.pair_ids import PairIds
 
 SPLITS = ("train", "validation", "test")
 
@@ -24,10 +33,15 @@ def check(
     labels: Sequence[str],
     config: AlignConfig,
     covariates: np.ndarray | None,
+    present: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Rows of each split, once everything is known to fit."""
-    if len(features) != 2:
-        raise UserError(f"{len(features)} modalities: expected two, such as 'brain' and 'dna'.")
+    if len(features) < 2:
+        raise UserError(
+            f"{len(features)} modalities: expected two or more, such as 'brain' and 'dna'."
+        )
+    has = everyone(features, len(labels)) | dict(present or {})
+    _check_present(has, features, len(labels))
     for name, x in features.items():
         if not name.isidentifier():
             raise UserError(f"modality '{name}': expected letters, digits and _ only.")
@@ -43,7 +57,7 @@ def check(
                 f"'{name}' features have shape {x.shape}: expected one row for each of the "
                 f"{len(labels)} labels, in the same order."
             )
-        if bad := int((~np.isfinite(x).all(axis=1)).sum()):
+        if bad := int((~np.isfinite(x).all(axis=1) & has[name]).sum()):
             raise UserError(
                 f"'{name}' features hold NaN or infinite values in {bad} of {len(x)} rows: "
                 "make them again, or leave these people out."
@@ -52,10 +66,14 @@ def check(
     if strange := sorted(set(labels) - set(SPLITS)):
         raise UserError(f"label '{strange[0]}': expected one of {', '.join(SPLITS)}.")
     rows = {split: np.flatnonzero(np.asarray(labels) == split) for split in SPLITS}
-    for split, least in (("train", 8), ("validation", 4)):
-        if len(rows[split]) < least:
+    for split, least in (("train", LEAST_TRAINING), ("validation", LEAST_VALIDATION)):
+        most = max(
+            int((has[first] & has[second])[rows[split]].sum())
+            for first, second in combinations(features, 2)
+        )
+        if most < least:
             raise UserError(
-                f"{len(rows[split])} {split} people with both modalities: expected at least "
+                f"{most} {split} people with both modalities: expected at least "
                 f"{least}. Check that both were made from the same cohort."
             )
     if bool(config.residualise) != (covariates is not None):
@@ -68,6 +86,24 @@ def check(
             f"covariates have {len(covariates)} rows: expected {len(labels)}, one a person."
         )
     return rows
+
+
+def everyone(names: Iterable[str], n: int) -> dict[str, np.ndarray]:
+    """Who has which modality where nobody lacks any: bool [n], all true."""
+    return {name: np.ones(n, dtype=bool) for name in names}
+
+
+def _check_present(
+    present: Mapping[str, np.ndarray], features: Mapping[str, np.ndarray | GeneVectors], n: int
+) -> None:
+    for name, has in present.items():
+        if name not in features:
+            raise UserError(f"present: no modality '{name}'. {nearest(name, features)}")
+        if np.shape(has) != (n,) or np.asarray(has).dtype != np.bool_:
+            raise UserError(
+                f"present['{name}'] is {np.asarray(has).dtype} of shape {np.shape(has)}: expected "
+                f"bool ({n},), true for each person who has the modality."
+            )
 
 
 def _check_pool(features: Mapping[str, np.ndarray | GeneVectors], config: AlignConfig) -> None:
@@ -96,25 +132,30 @@ def fit_conditioners(
     covariates: np.ndarray | None,
     covariate_names: Sequence[str],
     ranks: Ranks,
+    present: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Conditioner | GeneConditioner]:
-    """A conditioner of each modality, fitted on `rows` (training people), the same on all ranks."""
+    """A conditioner of each modality, fitted on `rows` (training people), the same on all ranks.
+
+    Each is fitted on those of the rows who have the modality.
+    """
     fitted: dict[str, Conditioner | GeneConditioner] = {}
     if ranks.is_main:
         how: dict[str, Any] = {
             "whiten": config.whiten,
             "shrinkage": config.shrinkage,
-            "covariates": None if covariates is None else covariates[rows],
             "covariate_names": covariate_names,
         }
         together = config.dna_pool == "concat"
         for name, x in features.items():
+            own = rows if present is None else rows[present[name][rows]]
+            how["covariates"] = None if covariates is None else covariates[own]
             if isinstance(x, GeneVectors):
                 n = config.n_components if together else config.gene_components
                 fitted[name] = GeneConditioner.fit(
-                    x.take(rows), together=together, n_components=n, **how
+                    x.take(own), together=together, n_components=n, **how
                 )
             else:
-                fitted[name] = Conditioner.fit(x[rows], n_components=config.n_components, **how)
+                fitted[name] = Conditioner.fit(x[own], n_components=config.n_components, **how)
     if ranks.world_size > 1:
         # Two machines may round differently: all ranks use the axes that one of them found.
         box: list[Any] = [fitted]
@@ -135,14 +176,36 @@ def conditioned(
     features: np.ndarray | GeneVectors,
     rows: np.ndarray,
     covariates: np.ndarray | None,
+    present: np.ndarray | None = None,
 ) -> Inputs:
-    """The conditioned features of some people, as the model takes them."""
+    """The conditioned features of some people, as the model takes them; zeros for who lacks them.
+
+    Args:
+        conditioner: Of the modality.
+        features: Of everybody.
+        rows: Whose to take.
+        covariates: Of everybody, where there are any.
+        present: bool [n], of everybody: who has the modality; all if omitted.
+    """
+    has = np.ones(len(rows), dtype=bool) if present is None else present[rows]
+    rows = rows[has]
     own = covariates[rows] if covariates is not None and conditioner.covariates else None
     if isinstance(conditioner, GeneConditioner):
         assert isinstance(features, GeneVectors)
-        return as_inputs(conditioner.transform(features.take(rows), own))
-    assert isinstance(features, np.ndarray)
-    return as_inputs(conditioner.transform(features[rows], own))
+        found = as_inputs(conditioner.transform(features.take(rows), own))
+    else:
+        assert isinstance(features, np.ndarray)
+        found = as_inputs(conditioner.transform(features[rows], own))
+    return found if has.all() else _spread(found, torch.from_numpy(has))
+
+
+def _spread(inputs: Inputs, has: torch.Tensor) -> Inputs:
+    """Rows to where `has` is true, zeros elsewhere."""
+    if isinstance(inputs, GeneBatch):
+        return GeneBatch(*(_spread(part, has) for part in inputs))  # type: ignore[arg-type]
+    whole = inputs.new_zeros(len(has), *inputs.shape[1:])
+    whole[has] = inputs
+    return whole
 
 
 def make_model(
@@ -168,3 +231,68 @@ def make_model(
         max_scale=config.max_scale,
         init_bias=config.init_bias if config.loss == "siglip" else None,
     )
+
+
+def start(
+    model: AlignmentModel, training: Batch, config: AlignConfig, ranks: Ranks, *, fresh: bool
+) -> tuple[Batch, dict[str, float]]:
+    """Give the projectors the weights that `config.init` says, the same on all ranks.
+
+    Args:
+        model: Has random weights, or those of a run that goes on.
+        training: The training people.
+        config: What to start from.
+        ranks: Where this process stands.
+        fresh: Write the start into the model; a run that goes on has its weights.
+
+    Returns:
+        The training people with the inputs to train on, and what was found.
+    """
+    if config.init != "rcca":
+        return training, {}
+    inputs, facts = dict(training.inputs), [{}]
+    if ranks.is_main:
+        groups = related(training.ids)
+        found = find_start(training.inputs, training.present, config, groups=groups)
+        inputs, facts = dict(found.inputs), [found.facts]
+        if fresh:
+            found.write(model)
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(facts, src=0, device=ranks.device)
+        tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
+        for value in (*tensors, *model.state_dict().values()):
+            dist.broadcast(value, src=0)
+    return dataclasses.replace(training, inputs=inputs), facts[0]
+
+
+def related(ids: "PairIds | None") -> np.ndarray | None:
+    """Groups of people who are no negatives of one another, directly or by others: int64 [n]."""
+    if ids is None or ids.excluded is None:
+        return None
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    columns = ids.excluded.cpu().numpy()
+    n, sizes = len(columns), columns.max(axis=0) + 1
+    # People and values are the nodes; who has a value hangs on it.
+    rows, places = np.nonzero(columns >= 0)
+    values = n + np.concatenate([[0], np.cumsum(sizes)])[places] + columns[rows, places]
+    edges = (np.ones(len(rows)), (rows, values))
+    graph = coo_array(edges, shape=(n + int(sizes.sum()),) * 2)
+    return connected_components(graph, directed=False)[1][:n].astype(np.int64)
+
+
+def make_optimizer(model: AlignmentModel, config: AlignConfig) -> torch.optim.AdamW:
+    """AdamW with decay for matrices alone; each group's `relative_lr` multiplies the schedule."""
+    # The logits of genes have a long way to go in few steps, and nothing to be decayed to but the
+    # even attention that they start from: early stopping holds them.
+    names = ("logits", "query")
+    attention = [p for n, p in model.towers.named_parameters() if n.rsplit(".", 1)[-1] in names]
+    rest = [p for p in model.parameters() if not any(p is a for a in attention)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": attention, "weight_decay": 0.0, "relative_lr": config.attention_lr / config.lr},
+    ]
+    groups = [{"relative_lr": 1.0, **group} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))

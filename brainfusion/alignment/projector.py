@@ -1,10 +1,10 @@
 """The projector: from features of one modality to the shared space.
 
-Shape legend: n people, i input features, o output features.
+Shape legend: n people, i input features, h hidden units, o output features.
 """
 
 import torch.nn as nn
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -26,6 +26,21 @@ class Projector(nn.Module):
             nn.LayerNorm(dim_out),
         )
 
-    def forward(self, features: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        """Project features; rows are not of unit norm (`AlignmentModel.embed` sees to that)."""
-        return self.layers(features)
+    def forward(
+        self, features: Float[Tensor, "*n i"], keep: Bool[Tensor, "*n h"] | None = None
+    ) -> Float[Tensor, "*n o"]:
+        """Project features; rows are not of unit norm (`AlignmentModel.embed` sees to that).
+
+        Args:
+            features: Conditioned.
+            keep: Which hidden units to keep in place of what `Dropout` would draw, so that a draw
+                can be of the person instead of the process; `Dropout` draws if omitted.
+        """
+        if keep is None:
+            return self.layers(features)
+        linear, activation, dropout, *rest = self.layers
+        assert isinstance(dropout, nn.Dropout)
+        x = (activation(linear(features)) * keep).mul_(1.0 / (1.0 - dropout.p))
+        for layer in rest:
+            x = layer(x)
+        return x

@@ -4,32 +4,49 @@ Shape legend: n people, t training people, d features of a modality.
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from brainfusion.alignment.conditioning import Conditioner
+from brainfusion.alignment import resume as resuming
+from brainfusion.alignment.batches import Batch, Batches
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.gene_conditioning import GeneConditioner
 from brainfusion.alignment.gene_vectors import GeneVectors
-from brainfusion.alignment.losses import contrastive_loss
-from brainfusion.alignment.model import Alignment, AlignmentModel, Inputs, n_people, take
-from brainfusion.alignment.prepare import check, conditioned, fit_conditioners, make_model
+from brainfusion.alignment.grad_cache import average_gradients
+from brainfusion.alignment.modalities import modality_pairs
+from brainfusion.alignment.model import Alignment
+from brainfusion.alignment.objective import Objective
+from brainfusion.alignment.outcome import describe, fit_head, sentence
+from brainfusion.alignment.prepare import (
+    check,
+    conditioned,
+    everyone,
+    fit_conditioners,
+    make_model,
+    make_optimizer,
+    start,
+)
+from brainfusion.alignment.resume import Progress
+from brainfusion.alignment.validation import METRICS, Validation
+from brainfusion.alignment.validation import effective_rank as effective_rank
+from brainfusion.alignment.validation import pair_auc as pair_auc
 from brainfusion.runtime import config as configs
-from brainfusion.runtime.distributed import Ranks, barrier, mean_over_ranks
-from brainfusion.runtime.errors import UserError
+from brainfusion.runtime import logs
+from brainfusion.runtime.distributed import Ranks, barrier
+from brainfusion.runtime.errors import NonFiniteError
 from brainfusion.runtime.files import check_writable, write_json
-from brainfusion.runtime.logs import MetricsLog, Progress, say
 from brainfusion.runtime.schedules import warmup_cosine
+from brainfusion.runtime.signals import Stopped, StopSignals
 
-_NO_SIGNAL = 0.99
-"""A loss that never left this share of log N has told no pair from another."""
+if TYPE_CHECKING:
+    from brainfusion.alignment.pair_ids import PairIds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,298 +64,194 @@ def train(
     *,
     config: AlignConfig,
     run_dir: Path,
+    present: Mapping[str, np.ndarray] | None = None,
+    ids: "PairIds | None" = None,
     covariates: np.ndarray | None = None,
     covariate_names: Sequence[str] = (),
     meta: Mapping[str, Any] | None = None,
     ranks: Ranks | None = None,
+    checkpoint_every: int = 0,
+    resume: bool = False,
 ) -> TrainResult:
-    """Align two modalities of the same people, and keep the weights best on validation people.
+    """Align modalities of the same people, and keep the weights best on validation people.
 
-    All processes are given the same arguments; rank r takes pairs r, r + W, ... of each batch, and
+    All processes are given the same arguments; rank r takes people r, r + W, ... of each batch, and
     the loss is that of the whole batch. Nothing is fitted on validation or test people.
 
     Args:
-        features: [n, d] or gene vectors a modality, row-paired; usually called "brain" and "dna".
+        features: [n, d] or gene vectors a modality, row-paired: "brain" and "dna", or several of a
+            side, such as "brain_brainjepa", "brain_brainlm" and "dna" (`modalities`).
         labels: "train", "validation" or "test", a row; test rows are not looked at.
         config: The settings.
         run_dir: Gets config.yaml, metrics.jsonl, summary.json and model/.
+        present: bool [n] a modality: who has it; everybody, for a modality that is not named. What
+            stands in the rows of the others is not looked at.
+        ids: Of all n rows: who is a positive or a negative of whom; each person is a negative of
+            everybody else if omitted.
         covariates: [n, c] from `design_matrix(subjects, config.residualise)`.
         covariate_names: Their names, kept with the model.
         meta: Facts to keep with the model: provenance, hashes. JSON values.
         ranks: Where this process stands; one process if omitted.
+        checkpoint_every: Steps between checkpoints in run_dir/checkpoints, which are left there;
+            SIGTERM and SIGUSR1 then write one before they stop the run. 0: none.
+        resume: Go on from the last of them, to the bit; otherwise they are removed.
 
     Returns:
         The trained alignment on the CPU, and its summary.
 
     Raises:
-        UserError: Rows that are not paired, NaN, too few people, covariates that do not fit
-            `config.residualise`, or a loss that is not finite.
+        UserError: Rows that are not paired, NaN, too few people, or covariates that do not fit
+            `config.residualise`.
+        CheckpointError: What there is to go on with was made with another config or other data.
+        NonFiniteError: A loss that is not finite.
+        Stopped: A signal came; a checkpoint was written first.
     """
     ranks = ranks or Ranks()
-    rows = check(features, labels, config, covariates)
+    rows = check(features, labels, config, covariates, present)
+    has = everyone(features, len(labels)) | dict(present or {})
+    pairs = modality_pairs({n: x[rows["train"]] for n, x in has.items()}, config.pair_weights)
+    facts: dict[str, Any] = {}
+    if checkpoint_every or resume:
+        facts = resuming.facts_of(
+            features, labels, config=config, present=has, ids=ids, covariates=covariates
+        )
+    stopped = resuming.find(run_dir, facts, ranks) if resume else None
     if ranks.is_main:
         check_writable(run_dir)
         configs.save(run_dir / "config.yaml", config)
+        if not resume:
+            resuming.forget(run_dir)
     with torch.random.fork_rng(devices=[]):
         # -- data ----------------------------------------------------------------------------
         conditioners = fit_conditioners(
-            features, rows["train"], config, covariates, covariate_names, ranks
+            features, rows["train"], config, covariates, covariate_names, ranks, has
         )
         training, validation = (
-            {
-                name: conditioned(c, features[name], rows[split], covariates).to(ranks.device)
-                for name, c in conditioners.items()
-            }
-            for split in ("train", "validation")
+            Batch(
+                inputs={
+                    name: conditioned(c, features[name], people, covariates, has[name]).to(
+                        ranks.device
+                    )
+                    for name, c in conditioners.items()
+                },
+                present={name: x[people] for name, x in has.items()},
+                ids=ids and ids.take(torch.from_numpy(people)).to(ranks.device),
+            )
+            for people in (rows["train"], rows["validation"])
         )
         # -- model ---------------------------------------------------------------------------
         torch.manual_seed(config.seed)
         model = make_model(config, conditioners).to(ranks.device)
-        log = MetricsLog(run_dir / "metrics.jsonl", active=ranks.is_main)
-        try:
-            outcome = _optimise(model, training, validation, config, ranks, log)
-        finally:
-            log.close()
-    summary = _summary(outcome, rows, conditioners, config, ranks)
+        optimizer = make_optimizer(model, config)
+        training, begun = start(model, training, config, ranks, fresh=stopped is None)
+        progress = Progress(facts=begun)
+        if stopped is not None:
+            progress = stopped.progress
+            model.load_state_dict(stopped.weights)
+            optimizer.load_state_dict(stopped.optimizer)
+        look = Validation(validation, pairs, ranks)
+        batches = Batches(training, config, ranks)
+        objective = Objective(training, pairs, config, whole=batches.whole)
+        log = logs.MetricsLog(
+            run_dir / "metrics.jsonl", active=ranks.is_main, resume_step=progress.step or None
+        )
+        line = logs.Progress("align", config.max_steps, start=progress.step, active=ranks.is_main)
+        metric = METRICS[config.early_stopping]
+
+        # -- the loop ------------------------------------------------------------------------
+        signals = StopSignals()
+        with signals if checkpoint_every else nullcontext():
+            for step in range(progress.step + 1, config.max_steps + 1):
+                best = progress.best
+                if best and step - 1 - best["step"] >= config.patience * config.eval_every:
+                    break
+                begin = time.monotonic()
+                lr = warmup_cosine(
+                    step, start=0.0, peak=config.lr, end=0.0, n_warmup=config.warmup_steps,
+                    n_steps=config.max_steps + 1,
+                )  # fmt: skip
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["relative_lr"]
+                people, batch = batches.at(step)
+                model.train()
+                loss = objective(model, batch, people, batches.keep(model, step, len(people)))
+                optimizer.zero_grad()
+                loss.value.backward()
+                average_gradients(model.parameters(), ranks.world_size)
+                optimizer.step()
+                model.clamp_scale_()
+
+                # -- log and look at the validation people -----------------------------------
+                value, stopping = _agree(loss.value, signals.received is not None, ranks)
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"the loss is {value} at step {step}: expected a finite number. Use a "
+                        f"smaller lr than {config.lr}, or check the features for extreme values."
+                    )
+                share = value / loss.chance if config.loss != "siglip" and loss.chance else None
+                row: dict[str, Any] = {
+                    "step": step,
+                    "loss": value,
+                    "log_n": loss.chance,
+                    "loss_over_log_n": share,
+                    "logit_scale": float(model.logit_scale.detach()),
+                    "logit_scale_bounds": [config.min_scale, config.max_scale],
+                    "lr": lr,
+                    "pairs_per_s": loss.n_pairs / (time.monotonic() - begin),
+                }
+                progress.step = step
+                progress.least_loss = least(progress.least_loss, value)
+                progress.least_share = least(progress.least_share, share)
+                last = step == config.max_steps
+                if step % config.eval_every == 0 or last:
+                    row |= look(model)
+                    if not best or row[metric] > best[metric]:
+                        weights = model.state_dict().items()
+                        progress.best = dict(row)
+                        progress.best_weights = {k: v.detach().clone() for k, v in weights}
+                log.write(**row)
+                auc = progress.best.get("validation_auc", 0.0)
+                line.update(step, f"loss {value:.3f}, validation AUC {auc:.3f}")
+                if checkpoint_every and (step % checkpoint_every == 0 or last or stopping):
+                    if ranks.is_main:
+                        resuming.save(
+                            run_dir, progress, model=model, optimizer=optimizer, facts=facts,
+                            world_size=ranks.world_size,
+                        )  # fmt: skip
+                    barrier()
+                if stopping and not last:
+                    raise Stopped(f"at step {step}")
+        log.close()
+        model.load_state_dict(progress.best_weights)
+
+    # -- what was found --------------------------------------------------------------------------
+    summary = describe(
+        progress, pairs, look, rows=rows, present=has, conditioners=conditioners, config=config,
+        ranks=ranks,
+    )  # fmt: skip
+    head = fit_head(model, training, validation, config, ranks)
     alignment = Alignment(
         model=model.cpu().eval(),
         conditioners=conditioners,
+        head=head,
         info={"config": configs.to_dict(config), "summary": summary, "meta": dict(meta or {})},
     )
     if ranks.is_main:
         alignment.save(run_dir / "model")
         write_json(run_dir / "summary.json", {**summary, "meta": dict(meta or {})})
-        say(_sentence(summary))
+        logs.say(sentence(summary))
     barrier()
     return TrainResult(alignment=alignment, summary=summary, run_dir=run_dir)
 
 
-# -- batches ------------------------------------------------------------------------------------
+def least(known: float | None, value: float | None) -> float | None:
+    """The lesser of two numbers, either of which may not be known."""
+    return min((x for x in (known, value) if x is not None), default=None)
 
 
-def batch_rows(n_train: int, step: int, config: AlignConfig, ranks: Ranks) -> np.ndarray:
-    """Training rows of this rank at `step` (from 1); a pure function of seed, step and rank.
-
-    A batch smaller than the cohort walks through a new order in each epoch; what is left over at
-    its end is not seen in that epoch. open_clip's losses want as many pairs on each rank: up to
-    `world_size - 1` pairs, others at each step, are left out for them.
-    """
-    size = min(config.batch_size or n_train, n_train)
-    whole = size == n_train
-    if config.loss != "info_nce" and size % ranks.world_size:
-        size, whole = size - size % ranks.world_size, False
-    if whole:
-        batch = np.arange(n_train)
-    else:
-        epoch, place = divmod(step - 1, n_train // size)
-        order = np.random.default_rng((config.seed, epoch)).permutation(n_train)
-        batch = order[place * size : (place + 1) * size]
-    return batch[ranks.rank :: ranks.world_size]
-
-
-# -- the loop ------------------------------------------------------------------------------------
-
-
-def _optimise(
-    model: AlignmentModel,
-    training: dict[str, Inputs],
-    validation: dict[str, Inputs],
-    config: AlignConfig,
-    ranks: Ranks,
-    log: MetricsLog,
-) -> dict[str, Any]:
-    """Train `model` in place and leave it with its best weights."""
-    first, second = training
-    n_train = n_people(training[first])
-    n_batch = min(config.batch_size or n_train, n_train)
-    loss_of = contrastive_loss(config.loss)
-    optimizer = _optimizer(model, config)
-    progress = Progress("align", config.max_steps, active=ranks.is_main)
-    best: dict[str, Any] = {"auc": -1.0, "step": 0}
-    best_weights: dict[str, Tensor] = {}
-    least_loss, step = math.inf, 0
-
-    for step in range(1, config.max_steps + 1):
-        # -- one step ------------------------------------------------------------------------
-        lr = warmup_cosine(
-            step, start=0.0, peak=config.lr, end=0.0, n_warmup=config.warmup_steps,
-            n_steps=config.max_steps + 1,
-        )  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["relative_lr"]
-        rows = batch_rows(n_train, step, config, ranks)
-        # Dropout is a function of seed, step and rank, like the batch.
-        torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)
-        model.train()
-        a, b = (model.embed(name, take(training[name], rows)) for name in (first, second))
-        loss = loss_of(a, b, model.logit_scale, model.logit_bias)
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(model, ranks.world_size)
-        optimizer.step()
-        model.clamp_scale_()
-
-        # -- log and look at the validation people -------------------------------------------
-        value = float(mean_over_ranks(loss))
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {step}: expected a finite number. Use a smaller lr "
-                f"than {config.lr}, or check the features for extreme values."
-            )
-        least_loss = min(least_loss, value)
-        row: dict[str, Any] = {
-            "step": step,
-            "loss": value,
-            "loss_over_log_n": value / math.log(n_batch) if config.loss != "siglip" else None,
-            "logit_scale": float(model.logit_scale.detach()),
-            "lr": lr,
-        }
-        if step % config.eval_every == 0 or step == config.max_steps:
-            row |= _look(model, validation, ranks)
-            if row["validation_auc"] > best["auc"]:
-                best = {"auc": row["validation_auc"], **row}
-                best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        log.write(**row)
-        progress.update(step, f"loss {value:.3f}, validation AUC {max(best['auc'], 0):.3f}")
-        if best_weights and step - best["step"] >= config.patience * config.eval_every:
-            break
-    model.load_state_dict(best_weights)
-    return {"best": best, "n_steps": step, "least_loss": least_loss, "n_batch": n_batch}
-
-
-def _optimizer(model: AlignmentModel, config: AlignConfig) -> torch.optim.AdamW:
-    # The logits of genes have a long way to go in few steps, and nothing to be decayed to but the
-    # even attention that they start from: early stopping holds them.
-    names = ("logits", "query")
-    attention = [p for n, p in model.towers.named_parameters() if n.rsplit(".", 1)[-1] in names]
-    rest = [p for p in model.parameters() if not any(p is a for a in attention)]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": attention, "weight_decay": 0.0, "relative_lr": config.attention_lr / config.lr},
-    ]
-    groups = [{"relative_lr": 1.0, **group} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
-
-
-def average_gradients(model: torch.nn.Module, world_size: int) -> None:
-    """Replace each gradient by its mean over ranks, as DDP does; one collective."""
-    if world_size == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-@torch.no_grad()
-def _look(model: AlignmentModel, validation: dict[str, Inputs], ranks: Ranks) -> dict[str, float]:
-    """Validation AUC and effective rank, as rank 0 finds them: all ranks must stop together."""
-    model.eval()
-    values = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    if ranks.is_main:
-        a, b = (model.embed(name, x).float() for name, x in validation.items())
-        values[0] = pair_auc(a, b)
-        values[1] = (effective_rank(a) + effective_rank(b)) / 2
+def _agree(loss: torch.Tensor, stop: bool, ranks: Ranks) -> tuple[float, bool]:
+    """The mean of the ranks' losses, and whether any of them was asked to stop."""
+    both = torch.stack([loss.detach().double(), loss.new_tensor(stop, dtype=torch.float64)])
     if ranks.world_size > 1:
-        dist.broadcast(values, src=0)
-    auc, rank = values.tolist()
-    return {"validation_auc": auc, "effective_rank": rank}
-
-
-def pair_auc(a: Tensor, b: Tensor, *, tile: int = 1024) -> float:
-    """The chance that a pair is more alike than a non-pair, over both directions; ties are half.
-
-    Args:
-        a: [n, o], unit rows.
-        b: [n, o], unit rows, row-paired.
-        tile: Rows of similarities held at once.
-    """
-    below = 0.0
-    n = len(a)
-    for x, y in ((a, b), (b, a)):
-        for i in range(0, n, tile):
-            similarities = x[i : i + tile] @ y.T
-            pairs = similarities.diagonal(i)[:, None]
-            below += float((similarities < pairs).sum())
-            # The pair itself is a tie with itself, and not a non-pair.
-            below += 0.5 * (float((similarities == pairs).sum()) - len(pairs))
-    return below / (2 * n * (n - 1))
-
-
-def effective_rank(rows: Tensor) -> float:
-    """Exponential of the entropy of the variance over principal axes; 1 is a collapse.
-
-    At most the width and the number of rows less one. Roy & Vetterli 2007, on variances.
-    """
-    variances = torch.linalg.svdvals((rows - rows.mean(0)).double()).square()
-    if float(variances.sum()) == 0.0:
-        return 1.0
-    shares = variances / variances.sum()
-    return float(torch.special.entr(shares).sum().exp())
-
-
-# -- results -------------------------------------------------------------------------------------
-
-
-def _summary(
-    outcome: dict[str, Any],
-    rows: Mapping[str, np.ndarray],
-    conditioners: Mapping[str, Conditioner | GeneConditioner],
-    config: AlignConfig,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    best = outcome["best"]
-    log_n = math.log(outcome["n_batch"])
-    return {
-        "modalities": list(conditioners),
-        **{f"n_{split}": len(people) for split, people in rows.items()},
-        "loss_name": config.loss,
-        "n_steps": outcome["n_steps"],
-        "best_step": best["step"],
-        "loss": best["loss"],
-        "loss_over_log_n": best["loss_over_log_n"],
-        "least_loss": outcome["least_loss"],
-        "log_n": log_n,
-        "signal": config.loss == "siglip" or outcome["least_loss"] < _NO_SIGNAL * log_n,
-        "logit_scale": best["logit_scale"],
-        "logit_scale_bounds": [config.min_scale, config.max_scale],
-        "validation_auc": best["validation_auc"],
-        "effective_rank": best["effective_rank"],
-        "n_processes": ranks.world_size,
-        "columns": {
-            name: {
-                "given": c.dim_in,
-                "constant": c.n_dropped,
-                "used": c.dim_out,
-                "variance_kept": c.explained,
-            }
-            for name, c in conditioners.items()
-        },
-        **{
-            f"{name}_genes": {
-                "pool": config.dna_pool,
-                "models": list(c.models),
-                "given": len(c.genes),
-                "used": len(c.used),
-            }
-            for name, c in conditioners.items()
-            if isinstance(c, GeneConditioner)
-        },
-        "residualised_on": list(next(iter(conditioners.values())).covariates),
-    }
-
-
-def _sentence(summary: Mapping[str, Any]) -> str:
-    found = (
-        f"aligned {summary['n_train']} people: best step {summary['best_step']} of "
-        f"{summary['n_steps']}, validation AUC {summary['validation_auc']:.3f} (chance 0.5)"
-    )
-    if summary["signal"]:
-        return f"{found}."
-    return (
-        f"{found}. No pairing signal yet: the loss has stayed within 1% of log N = "
-        f"{summary['log_n']:.3f}, where no pair is told from another."
-    )
+        dist.all_reduce(both)
+    return float(both[0]) / ranks.world_size, bool(both[1] > 0)

@@ -1,4 +1,9 @@
-"""Pairs: the people who have both brain features and DNA, with everything known about them."""
+"""Pairs: the people who have both brain features and DNA, with everything known about them.
+
+A side may have several modalities, which stand side by side in a name, too: `brainjepa,brainlm` are
+two brain modalities, `evo2,caduceus` are two of DNA, and `evo2+caduceus` is one, whose genes are
+those of both models.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,22 +15,22 @@ import numpy as np
 import polars as pl
 
 from brainfusion.alignment.gene_vectors import GeneVectors
-from brainfusion.cli.workspace import Workspace, ensure_features, ensure_genetics, known_dna
+from brainfusion.cli.modalities import Tables, load_tables
+from brainfusion.cli.modalities import dna_models as dna_models
+from brainfusion.cli.modalities import dna_name as dna_name
+from brainfusion.cli.workspace import Workspace
 from brainfusion.data.cohort import Cohort
-from brainfusion.data.features import read_features
-from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import read_json
-from brainfusion.runtime.logs import say
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pairs:
-    """Row-aligned brain features and gene vectors of the people who have both."""
+    """Row-aligned brain features and gene vectors of the people who have all that was asked for."""
 
     people: pl.DataFrame
     """Rows of subjects.parquet, one a pair."""
     brain: np.ndarray
-    """float32 [pair, width]."""
+    """float32 [pair, width]; of several encoders, side by side."""
     genes: GeneVectors
     """Of all DNA models."""
     labels: list[str]
@@ -64,33 +69,11 @@ def families_of(people: pl.DataFrame) -> list[str]:
     return people.select(pl.coalesce(pl.col("family"), alone)).to_series().to_list()
 
 
-def dna_models(names: Sequence[str]) -> tuple[str, ...]:
-    """The DNA models that make one DNA side, in the order of the adapters, whatever was typed.
-
-    Raises:
-        UserError: None, an unknown one, or one named twice.
-    """
-    from brainfusion.genetics import ADAPTERS
-
-    if not names:
-        raise UserError("--dna names no model: expected one or several, such as evo2 caduceus.")
-    for name in names:
-        known_dna(name)
-    if twice := [name for name in names if list(names).count(name) > 1]:
-        raise UserError(f"--dna names {twice[0]} twice: expected each model once.")
-    return tuple(name for name in ADAPTERS if name in names)
-
-
-def dna_name(models: Sequence[str]) -> str:
-    """What a DNA side is called in folders and reports: its models joined by +."""
-    return "+".join(models)
-
-
 def load_pairs(
     workspace: Workspace,
     cohort: Cohort,
     *,
-    brain: str,
+    brain: str | Sequence[str],
     dna: Sequence[str],
     haplotypes: str = "mean",
 ) -> Pairs:
@@ -99,91 +82,33 @@ def load_pairs(
     Args:
         workspace: Where features are.
         cohort: Whose people count.
-        brain: Name of the brain features.
-        dna: DNA models; people need a gene of each.
+        brain: Name of the brain features, or names; people need each.
+        dna: DNA modalities; people need a gene of each model.
         haplotypes: How stores that keep both are read: "mean", "sum" or "mean-absdiff".
 
     Raises:
-        UserError: Nobody has both, or a store holds one vector for both haplotypes.
+        UserError: Nobody has all, or a store holds one vector for both haplotypes.
     """
-    from brainfusion.genetics import read
+    names = [brain] if isinstance(brain, str) else brain
+    tables = load_tables(workspace, cohort, brain=names, dna=dna, haplotypes=haplotypes)
+    return complete(tables, cohort)
 
-    features = read_features(ensure_features(workspace, brain))
-    tables = {
-        model: read(model, ensure_genetics(workspace, model)).with_haplotypes(haplotypes)
-        for model in dna
-    }
-    if (made_of := features.provenance.get("cohort_hash")) not in (None, cohort.hash):
-        say(
-            f"warning: features '{brain}' were made from another state of the cohort ({made_of}, "
-            f"now {cohort.hash}): make them again with 'brainfusion embed --model {brain}'."
-        )
-    carriers = {
-        model: {t.subjects[row] for row in np.flatnonzero(t.mask.any(axis=1))}
-        for model, t in tables.items()
-    }
-    known, with_brain = set(cohort.subjects["subject"]), set(features.subjects)
-    both, flow = _join(known, with_brain, carriers, brain=brain)
-    listed = {subject for table in tables.values() for subject in table.subjects}
-    if n_empty := len((known & listed) - set().union(*carriers.values())):
-        say(f"without a vector of any gene, and left out: {n_empty} of {len(known & listed)}.")
-    if not both:
-        raise UserError(
-            f"nobody has both {brain} features and {dna_name(dna)} embeddings: the ids of the "
-            "tables do not meet. Compare them with subjects.parquet (leading zeros, suffixes, "
-            "numbers as text)."
-        )
-    people = cohort.subjects.filter(pl.col("subject").is_in(list(both)))
+
+def complete(tables: Tables, cohort: Cohort) -> Pairs:
+    """The people who have every modality of `tables`; how many, and why, is said."""
+    people, flow = tables.join(cohort, needed=all)
     subjects = people["subject"].to_list()
-    splits = cohort.splits()
+    features = [table.select(subjects) for table in tables.brain.values()]
+    genes = {model: t.select(subjects) for model, t in tables.models.items()}
     return Pairs(
         people=people,
-        brain=features.select(subjects),
-        genes=GeneVectors.of({model: t.select(subjects) for model, t in tables.items()}),
-        labels=splits.label(subjects),
-        provenance={
-            "brain": features.provenance,
-            "dna": {model: t.provenance.to_dict() for model, t in tables.items()},
-            "haplotypes": haplotypes,
-            "splits_hash": splits.hash,
-            "cohort_hash": cohort.hash,
-        },
+        brain=features[0] if len(features) == 1 else np.concatenate(features, axis=1),
+        genes=GeneVectors.of(genes),
+        labels=cohort.splits().label(subjects),
+        provenance=tables.provenance(cohort),
         flow=flow,
         rows=_rows(cohort, subjects),
     )
-
-
-def _join(
-    known: set[str], with_brain: set[str], carriers: dict[str, set[str]], *, brain: str
-) -> tuple[set[str], list[dict[str, Any]]]:
-    """Who has all, and the counts of everyone else; they are said, too."""
-    dna = dna_name(list(carriers))
-    with_dna = set.intersection(*carriers.values())
-    both = known & with_brain & with_dna
-    unknown = with_brain.union(*carriers.values()) - known
-    each = [
-        {"step": f"with {model} embeddings", "n": len(known & people)}
-        for model, people in carriers.items()
-    ]
-    if len(each) > 1:
-        say(
-            f"{dna}: {', '.join(str(row['n']) + ' people ' + row['step'] for row in each)}; "
-            f"{len(known & with_dna)} have all."
-        )
-    flow = [
-        {"step": "people in the cohort", "n": len(known)},
-        {"step": "with brain features", "n": len(known & with_brain)},
-        *(each if len(each) > 1 else []),
-        {"step": "with DNA embeddings", "n": len(known & with_dna)},
-        {"step": "with both: pairs", "n": len(both)},
-        {"step": "in a table but not in the cohort", "n": len(unknown)},
-    ]
-    say(
-        f"pairs: {len(both)} people have {brain} features and {dna} embeddings; "
-        f"{len(known & with_brain - with_dna)} only brain, {len(known & with_dna - with_brain)} "
-        f"only DNA, {len(unknown)} unknown to the cohort."
-    )
-    return both, flow
 
 
 def read_haplotypes(run_dir: Path) -> str:

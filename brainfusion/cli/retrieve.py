@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import tyro
 
+from brainfusion.cli.modalities import brain_features, dna_models, side_name
 from brainfusion.cli.options import at_least, parse
-from brainfusion.cli.pairs import dna_models, dna_name
 from brainfusion.cli.query import answer
 from brainfusion.cli.scoring import DIRECTIONS, score
 from brainfusion.cli.workspace import Place, Workspace, ensure_features
@@ -27,8 +27,8 @@ from brainfusion.runtime.threads import one_thread
 class RetrieveOptions:
     """Options of `brainfusion retrieve`."""
 
-    brain: str = "brainjepa"
-    """Brain features of the alignment."""
+    brain: tuple[str, ...] = ("brainjepa",)
+    """Brain features of the alignment: one encoder or several."""
     dna: tuple[str, ...] = ("evo2",)
     """DNA embeddings of the alignment: one model or several."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
@@ -57,8 +57,9 @@ class RetrieveOptions:
 def main(argv: list[str]) -> int:
     """Score the test people's retrieval, or answer one query."""
     options = parse(RetrieveOptions, argv, prog="brainfusion retrieve", description=__doc__ or "")
-    workspace, dna = Workspace.of(options.place), dna_models(options.dna)
-    run_dir = ensure_alignment(workspace, options.brain, dna)
+    workspace = Workspace.of(options.place)
+    brain, dna = brain_features(options.brain), dna_models(options.dna)
+    run_dir = ensure_alignment(workspace, brain, dna)
     if options.query is not None:
         answer(
             run_dir,
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
             workspace,
             cohort,
             run_dir,
-            brain=options.brain,
+            brain=brain,
             dna=dna,
             n_permutations=options.permutations,
             n_bootstrap=options.bootstrap,
@@ -87,26 +88,31 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def ensure_alignment(workspace: Workspace, brain: str, dna: Sequence[str]) -> Path:
+def ensure_alignment(workspace: Workspace, brain: str | Sequence[str], dna: Sequence[str]) -> Path:
     """An alignment run; on the demo cohort it is made if it is not there."""
     from brainfusion.cli import align
 
-    path = workspace.align_dir(brain, dna_name(dna))
+    brain = brain_features([brain] if isinstance(brain, str) else brain)
+    path = workspace.align_dir(side_name(brain), side_name(dna))
     if not (path / "embeddings" / "dna.parquet").exists():
-        flags = ["--brain", brain, "--dna", *dna, *workspace.options()]
+        flags = ["--brain", *brain, "--dna", *dna, *workspace.options()]
         if not workspace.demo:
-            ensure_features(workspace, brain)
+            for name in brain:
+                ensure_features(workspace, name)
             raise UserError(f"{path} does not exist: run 'brainfusion align {' '.join(flags)}'.")
-        say(f"{path} is missing: aligning {brain} and {dna_name(dna)}")
+        say(f"{path} is missing: aligning {side_name(brain)} and {side_name(dna)}")
         align.main(flags)
     return path
 
 
 def _table(scores: dict[str, Any]) -> str:
     rows = [("brain to DNA", scores["brain_to_dna"]), ("DNA to brain", scores["dna_to_brain"])]
+    if "cosine" in scores:
+        cosine = scores["cosine"]
+        rows += [(f"{_words(name)}, by cosine", cosine[name]) for name in DIRECTIONS.values()]
     rows += [(row["name"], row) for row in scores["baselines"]]
     rows += [
-        (f"{row['name']}, {DIRECTIONS[row['direction']].replace('_', ' ')}", row)
+        (f"{row['name']}, {_words(DIRECTIONS[row['direction']])}", row)
         for row in scores["strata"]
         if row["auc"] is not None
     ]
@@ -124,8 +130,31 @@ def _table(scores: dict[str, Any]) -> str:
         f"R@1 {row['recall_at_1']:.3f} (chance {row['recall_at_1_chance']:.3f}), "
         f"R@10 {row['recall_at_10']:.3f} (chance {row['recall_at_10_chance']:.3f}), "
         f"median rank {row['median_rank']:.1f} (chance {row['median_rank_chance']:.1f}); brain "
-        f"to DNA, unit: {row['unit']}"
+        f"to DNA, score: {row['score']}, unit: {row['unit']}"
     )
     if row["attainable"] is not None:
         lines.append(f"attainable AUC: {row['attainable']:.3f} (oracle of the simulation)")
+    if "attainable_linear" in scores:
+        lines.append(_linear(scores))
     return "\n".join(lines)
+
+
+def _linear(scores: dict[str, Any]) -> str:
+    """How far the run has come of what a linear model attains."""
+    from brainfusion.eval.attainable import share_of_attainable
+
+    row, n_pairs = scores["attainable_linear"], scores["attainable_linear"]["n_pairs"]
+    interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    text = f"best linear-Gaussian model of {n_pairs} such people: AUC {row['auc']:.3f} {interval}"
+    if row["auc"] <= 0.5:
+        return f"{text}: it finds nothing (p = {row['p_value']:.2f})"
+    aucs = [scores[name]["auc"] for name in DIRECTIONS.values()]
+    share = share_of_attainable(sum(aucs) / len(aucs), row["auc"])
+    return (
+        f"{text}, R@1 {row['recall_at_1']:.3f}, R@10 {row['recall_at_10']:.3f}; this run has come "
+        f"{share:.2f} of its way from chance"
+    )
+
+
+def _words(direction: str) -> str:
+    return direction.replace("_", " ").replace("dna", "DNA")

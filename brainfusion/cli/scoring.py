@@ -1,21 +1,42 @@
 """Every score of an alignment's test people, beside what it has to be held against."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from brainfusion.cli.pairs import connectomes, families_of, load_pairs, read_haplotypes
+from brainfusion.cli.pairs import Pairs, connectomes, families_of, load_pairs, read_haplotypes
 from brainfusion.cli.workspace import Workspace
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import Features, read_features
+from brainfusion.runtime.config import read_yaml
+from brainfusion.runtime.logs import say
 
 COVARIATES = ("age", "sex", "site", "motion")
 BLOCKS = ("site", "group")
-STRATA = ("site", "group", "sex")
 DIRECTIONS = {"query_to_gallery": "brain_to_dna", "gallery_to_query": "dna_to_brain"}
+_MAX_DRAWN = 20_000
+"""Non-pairs whose scores the report draws."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TestPeople:
+    """The test people of an alignment, and the vectors whose inner products score their pairs."""
+
+    people: pl.DataFrame
+    """Rows of subjects.parquet, [n]."""
+    cosine: tuple[np.ndarray, np.ndarray]
+    """Unit embeddings of brain and DNA, float32 [n, o]."""
+    ratio: tuple[np.ndarray, np.ndarray] | None
+    """Score vectors of brain and DNA, float32 [n, k + 2], where the alignment has them."""
+
+    @property
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Those of the main score: the density ratio's or, without, the cosine's."""
+        return self.cosine if self.ratio is None else self.ratio
 
 
 def score(
@@ -23,7 +44,7 @@ def score(
     cohort: Cohort,
     run_dir: Path,
     *,
-    brain: str,
+    brain: Sequence[str],
     dna: Sequence[str],
     n_permutations: int,
     n_bootstrap: int,
@@ -31,37 +52,89 @@ def score(
 ) -> dict[str, Any]:
     """Metrics in both directions with intervals and p-values, the control, baselines, strata.
 
-    The rows are those of `retrieval` in results.json (docs/formats.md). What the report draws of
-    the test people is written to similarity.npz beside them.
+    The rows are those of `retrieval` in results.json (docs/formats.md). Where the alignment has
+    score vectors, the score is their inner product, the log density ratio, and the cosine's metrics
+    stand beside it. What the report draws of the test people is written to similarity.npz.
     """
-    from brainfusion.eval.baselines import baseline_rows
-    from brainfusion.eval.design import covariate_matrix
     from brainfusion.eval.retrieval import retrieval_metrics, stratified_auc
 
-    queries, gallery, people = _test_embeddings(run_dir, cohort)
+    test = _test_people(run_dir, cohort)
     draws = {"n_permutations": n_permutations, "n_bootstrap": n_bootstrap, "seed": seed}
-    inference: dict[str, Any] = {
-        "families": families_of(people),
-        "blocks": exchangeable(people),
-        **draws,
-    }
-    found = retrieval_metrics(queries, gallery, **inference)
-    ceiling = _attainable(cohort)
-    scores: dict[str, Any] = {name: {**found[key], **ceiling} for key, name in DIRECTIONS.items()}
+    families, blocks = families_of(test.people), exchangeable(test.people)
+    inference: dict[str, Any] = {"families": families, "blocks": blocks, **draws}
+    found = _with_freely_exchanged(test, retrieval_metrics(*test.vectors, **inference), inference)
+    about = {"score": _score_name(test), **_attainable(cohort)}
+    scores: dict[str, Any] = {name: {**found[key], **about} for key, name in DIRECTIONS.items()}
+    if test.ratio is not None:
+        cosine = retrieval_metrics(*test.cosine, **inference)
+        scores["cosine"] = {name: cosine[key] for key, name in DIRECTIONS.items()}
     if (run_dir / "control").exists():
-        control_brain, control_dna, _ = _test_embeddings(run_dir / "control", cohort)
-        control = retrieval_metrics(control_brain, control_dna, **inference)
-        scores["shuffled_control"] = _control(control)
-    haplotypes = read_haplotypes(run_dir)
-    pairs = load_pairs(workspace, cohort, brain=brain, dna=dna, haplotypes=haplotypes)
-    covariates = [c for c in COVARIATES if c in people.columns]
-    covariates += [c for c in people.columns if c.startswith("ancestry_")]
+        control = _test_people(run_dir / "control", cohort)
+        scores["shuffled_control"] = _control(retrieval_metrics(*control.vectors, **inference))
+    pairs = load_pairs(workspace, cohort, brain=brain, dna=dna, haplotypes=read_haplotypes(run_dir))
+    scores["baselines"] = _baselines(workspace, cohort, pairs, brain=brain, **draws)
+    strata = stratified_auc(*test.vectors, _strata(test.people, families), **inference)
+    scores["strata"] = strata
+    linear = _attainable_linear(pairs, run_dir, len(families), n_bootstrap=n_bootstrap, seed=seed)
+    scores |= {} if linear is None else {"attainable_linear": linear}
+    scores["relatives"] = _relatives(pairs)
+    _write_figures(run_dir / "similarity.npz", test, seed=seed)
+    return scores
+
+
+def _score_name(test: TestPeople) -> str:
+    return "cosine" if test.ratio is None else "density ratio"
+
+
+def _with_freely_exchanged(
+    test: TestPeople, found: dict[str, Any], inference: dict[str, Any]
+) -> dict[str, Any]:
+    """Adds the naive p-value, of exchanging everybody with everybody, where that is another one."""
+    from brainfusion.eval.retrieval import retrieval_metrics
+
+    families, blocks = inference["families"], inference["blocks"]
+    within = [name for name in BLOCKS if name in test.people.columns]
+    if len(set(families)) < len(families):
+        within.append("family")
+    free: dict[str, Any] = {}
+    if len(set(blocks or [])) > 1 or "family" in within:
+        draws = {name: inference[name] for name in ("n_permutations", "seed")}
+        free = retrieval_metrics(*test.vectors, **draws)
+    return {
+        key: row
+        | {"exchanged_within": within}
+        | ({"p_value_freely_exchanged": free[key]["p_value"]} if free else {})
+        for key, row in found.items()
+    }
+
+
+def _strata(people: pl.DataFrame, families: list[str]) -> dict[str, Any]:
+    from brainfusion.eval.strata import standard_strata
+
+    strata = standard_strata(people, families)
+    if set(BLOCKS) <= set(people.columns):
+        # Where sites recruit by ancestry, one of the two alone still leaves the other.
+        strata["same site and ancestry group"] = exchangeable(people) or []
+    if len(set(families)) == len(families):
+        strata.pop("unrelated only", None)
+    return strata
+
+
+def _baselines(
+    workspace: Workspace, cohort: Cohort, pairs: Pairs, *, brain: Sequence[str], **draws: int
+) -> list[dict[str, Any]]:
+    from brainfusion.eval.baselines import baseline_rows
+    from brainfusion.eval.design import covariate_matrix
+
+    covariates = [c for c in COVARIATES if c in pairs.people.columns]
+    covariates += [c for c in pairs.people.columns if c.startswith("ancestry_")]
     views = {"encoder features": pairs.brain}
-    untrained = workspace.features_path(f"{brain}-untrained")
-    if untrained.exists():
-        views["untrained encoder"] = read_features(untrained).select(pairs.subjects)
+    untrained = [workspace.features_path(f"{name}-untrained") for name in brain]
+    if all(path.exists() for path in untrained):
+        features = [read_features(path).select(pairs.subjects) for path in untrained]
+        views["untrained encoder"] = np.concatenate(features, axis=1)
     views["connectome (Pearson FC, PCA)"] = connectomes(cohort, pairs)
-    scores["baselines"] = baseline_rows(
+    return baseline_rows(
         views,
         pairs.dna,
         labels=pairs.labels,
@@ -70,10 +143,36 @@ def score(
         blocks=exchangeable(pairs.people),
         **draws,
     )
-    strata = {f"same {name}": people[name].to_list() for name in STRATA if name in people.columns}
-    scores["strata"] = stratified_auc(queries, gallery, strata, **inference)
-    _write_figures(run_dir / "similarity.npz", queries, gallery, seed=seed)
-    return scores
+
+
+def _attainable_linear(
+    pairs: Pairs, run_dir: Path, n_gallery: int, *, n_bootstrap: int, seed: int
+) -> dict[str, Any] | None:
+    """What a linear-Gaussian model attains, with the same covariates taken out as in the run."""
+    from brainfusion.alignment.conditioning import design_matrix
+    from brainfusion.eval.attainable import LEAST_PEOPLE, attainable_linear
+
+    if len(pairs.subjects) < LEAST_PEOPLE:
+        say(f"attainable by a linear model: not estimated from under {LEAST_PEOPLE} people.")
+        return None
+    columns = read_yaml(run_dir / "config.yaml").get("residualise") or ()
+    return attainable_linear(
+        pairs.brain,
+        pairs.dna,
+        n_gallery=n_gallery,
+        families=pairs.families,
+        covariates=design_matrix(pairs.people, columns)[0] if columns else None,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+
+
+def _relatives(pairs: Pairs) -> dict[str, Any]:
+    from brainfusion.eval.relatives import alike_in_training
+
+    side = np.asarray(pairs.labels)
+    train, test = (np.flatnonzero(side == name) for name in ("train", "test"))
+    return alike_in_training(pairs.dna, train, test)
 
 
 def exchangeable(people: pl.DataFrame) -> list[str] | None:
@@ -93,13 +192,28 @@ def read_embeddings(run_dir: Path, tower: str) -> Features:
     return read_features(run_dir / "embeddings" / f"{tower}.parquet")
 
 
-def _test_embeddings(run_dir: Path, cohort: Cohort) -> tuple[np.ndarray, np.ndarray, pl.DataFrame]:
+def read_scores(run_dir: Path, tower: str) -> Features | None:
+    """The score vectors of an alignment; None where pairs are scored by the cosine alone."""
+    path = run_dir / "scores" / f"{tower}.parquet"
+    return read_features(path) if path.exists() else None
+
+
+def _test_people(run_dir: Path, cohort: Cohort) -> TestPeople:
     brain, dna = (read_embeddings(run_dir, tower) for tower in ("brain", "dna"))
     assert brain.extra is not None
-    keep = (brain.extra["split"] == "test").to_numpy()
-    subjects = [subject for subject, kept in zip(brain.subjects, keep, strict=True) if kept]
-    people = pl.DataFrame({"subject": subjects}).join(cohort.subjects, on="subject", how="left")
-    return brain.vectors[keep], dna.vectors[keep], people
+    with_dna = set(dna.subjects)
+    subjects = [
+        subject
+        for subject, split in zip(brain.subjects, brain.extra["split"], strict=True)
+        if split == "test" and subject in with_dna
+    ]
+    scores = [read_scores(run_dir, tower) for tower in ("brain", "dna")]
+    first, second = scores
+    return TestPeople(
+        people=pl.DataFrame({"subject": subjects}).join(cohort.subjects, on="subject", how="left"),
+        cosine=(brain.select(subjects), dna.select(subjects)),
+        ratio=(first.select(subjects), second.select(subjects)) if first and second else None,
+    )
 
 
 def _attainable(cohort: Cohort) -> dict[str, float | None]:
@@ -127,25 +241,27 @@ def _control(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_figures(path: Path, brain: np.ndarray, dna: np.ndarray, *, seed: int) -> None:
+def _write_figures(path: Path, test: TestPeople, *, seed: int) -> None:
     """What the report draws of the test people: scores, ranks, a map; no ids."""
-    similarity = brain @ dna.T
-    n = len(similarity)
-    pairs, others = np.diag(similarity), similarity[~np.eye(n, dtype=bool)]
+    from brainfusion.eval.ranking import rank_pairs
+    from brainfusion.eval.score_table import ScoreTable
+
+    brain, dna = test.vectors
+    n = len(brain)
+    rankings = rank_pairs(ScoreTable.from_vectors(brain, dna), np.stack([np.arange(n)] * 2, axis=1))
+    # Any two people but the same: the second is 1 to n - 1 places further on.
     rng = np.random.default_rng(seed)
-    centred = np.concatenate([brain, dna]) - np.concatenate([brain, dna]).mean(0)
-    axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
-    plane = centred @ axes.T
-    ranks = [
-        (table < np.diag(table)[:, None]).sum(1) / max(n - 1, 1)
-        for table in (similarity, similarity.T)
-    ]
+    first = rng.integers(0, n, min(n * (n - 1), _MAX_DRAWN))
+    second = (first + rng.integers(1, max(n, 2), len(first))) % n
+    together = np.concatenate(test.cosine)
+    centred = together - together.mean(0)
+    plane = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
     np.savez(
         path,
-        pairs=pairs,
-        non_pairs=rng.choice(others, min(len(others), 20_000), replace=False),
+        pairs=(brain * dna).sum(axis=1),
+        non_pairs=(brain[first] * dna[second]).sum(axis=1),
         brain_2d=plane[:n],
         dna_2d=plane[n:],
-        ranks_brain_to_dna=ranks[0],
-        ranks_dna_to_brain=ranks[1],
+        ranks_brain_to_dna=rankings[0].auc,
+        ranks_dna_to_brain=rankings[1].auc,
     )

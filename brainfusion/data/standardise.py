@@ -35,6 +35,8 @@ DIVISORS = {
 650M), after `brainlm-robust`; of two columns of its data sets, after `parcel-centred`."""
 Frames = slice | np.ndarray
 """Which frames of a recording: a range, or positions."""
+Scale = tuple[np.ndarray, ...]
+"""What a standardiser takes from each recording, of `Standardiser.scale_of`."""
 _ALL = slice(None)
 FITTED = ("brainlm-robust", "brainlm-code", "brainjepa-robust")
 _BRAINLM_TRS = 200
@@ -130,7 +132,9 @@ class Standardiser:
         """What it saw: "700 people of cohort X"."""
         return f"{self.n_people} people of cohort {self.cohort}"
 
-    def transform(self, bold: np.ndarray, *, part: Frames = _ALL) -> np.ndarray:
+    def transform(
+        self, bold: np.ndarray, *, part: Frames = _ALL, scale: Scale | None = None
+    ) -> np.ndarray:
         """Standardise whole recordings or windows.
 
         Args:
@@ -138,9 +142,44 @@ class Standardiser:
                 parcel is NaN. The means and standard deviations in the formulas are of each [p, t].
             part: The frames to return; all if omitted. Means and standard deviations stay those of
                 the whole, so that the values are the same to the bit; the rest is not made.
+            scale: What `scale_of` gave for the whole; measured here if omitted.
 
         Returns:
             float32 [..., p, frames], without NaN.
+
+        Raises:
+            UserError: Another number of parcels.
+        """
+        scale = self.scale_of(bold) if scale is None else scale
+        x = np.asarray(bold, dtype=np.float32)[..., part]
+        missing = np.isnan(x)
+        some = bool(missing.any())
+        if some:
+            x = np.where(missing, np.float32(0), x)
+        if self.kind in ("recording-zscore", "parcel-zscore"):
+            x = _zscored(x, *scale)
+        elif self.kind == "parcel-centred":
+            x = (x - scale[0]).astype(np.float32)
+        elif self.kind != "none":
+            x = self._robust(x, scale)
+        if self.divide_by != 1.0:
+            x = x / np.float32(self.divide_by)
+        if some:
+            return np.where(missing, np.float32(0), x)
+        return x.copy() if self.kind == "none" and self.divide_by == 1.0 else x
+
+    def scale_of(self, bold: np.ndarray) -> Scale:
+        """What the kind takes from each whole recording: a mean and one over a deviation, or less.
+
+        Kept, it makes a further window of a recording cost its own frames alone.
+
+        Args:
+            bold: As for `transform`.
+
+        Returns:
+            float64 arrays that broadcast to [..., p, t]: mean and inverse of the standard deviation
+            (0 where there is no spread) for z-scores, the time means where those are taken off,
+            none otherwise.
 
         Raises:
             UserError: Another number of parcels.
@@ -151,22 +190,19 @@ class Standardiser:
                 f"this data has {got} parcels but the standardiser was fitted on {self.n_parcels} "
                 f"({self.fitted_on}): use data of the same atlas, or refit it on this cohort."
             )
+        if self.kind in ("none", "brainjepa-robust"):
+            return ()
         x = np.asarray(bold, dtype=np.float32)
         present = ~np.isnan(x)
-        x = np.where(present, x, np.float32(0))
-        if self.kind == "recording-zscore":
-            x = _zscore(x, present, axis=(-2, -1), part=part)
-        elif self.kind == "parcel-zscore":
-            x = _zscore(x, present, axis=(-1,), part=part)
-        elif self.kind == "parcel-centred":
-            x = _centred(x, present, part).astype(np.float32)
-        elif self.kind != "none":
-            x = self._robust(x, present, part)
+        if present.all():
+            present = None
         else:
-            x = x[..., part]
-        if self.divide_by != 1.0:
-            x = x / np.float32(self.divide_by)
-        return np.where(present[..., part], x, np.float32(0))
+            x = np.where(present, x, np.float32(0))
+        if self.kind == "recording-zscore":
+            return _mean_and_inverse(x, present, axis=(-2, -1))
+        if self.kind == "parcel-zscore":
+            return _mean_and_inverse(x, present, axis=(-1,))
+        return (_mean(x, present, axis=(-1,))[0],)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, part of a checkpoint's state.json."""
@@ -208,13 +244,12 @@ class Standardiser:
                 statistics[name] = array
         return cls(**{**values, **statistics})
 
-    def _robust(self, x: np.ndarray, present: np.ndarray, part: Frames) -> np.ndarray:
+    def _robust(self, x: np.ndarray, scale: Scale) -> np.ndarray:
         assert self.median is not None
         assert self.iqr is not None
         median, iqr = self.median[:, None], self.iqr[:, None]
         safe = np.where(iqr > 0, iqr, 1.0)
-        keeps_level = self.kind == "brainjepa-robust"
-        centred = x[..., part].astype(np.float64) if keeps_level else _centred(x, present, part)
+        centred = x - scale[0] if scale else x.astype(np.float64)
         if self.kind == "brainlm-code":
             scaled = centred - median / safe
         else:
@@ -245,28 +280,36 @@ def check_divisor(divide_by: float) -> None:
         )
 
 
-def _centred(x: np.ndarray, present: np.ndarray, part: Frames) -> np.ndarray:
-    """Each parcel minus its time mean, float64; `x` is 0 where it is not present."""
-    n = np.maximum(present.sum(axis=-1, keepdims=True), 1)
-    return x[..., part] - x.sum(axis=-1, keepdims=True, dtype=np.float64) / n
+def _mean(
+    x: np.ndarray, present: np.ndarray | None, *, axis: tuple[int, ...]
+) -> tuple[np.ndarray, Any]:
+    """The mean over present values, float64, and their number; `x` is 0 where it is not present."""
+    n: Any = math.prod(x.shape[i] for i in axis)
+    if present is not None:
+        n = present.sum(axis=axis, keepdims=True)
+    return x.sum(axis=axis, keepdims=True, dtype=np.float64) / np.maximum(n, 1), n
 
 
-def _zscore(
-    x: np.ndarray, present: np.ndarray, *, axis: tuple[int, ...], part: Frames
-) -> np.ndarray:
-    n = present.sum(axis=axis, keepdims=True)
-    mean = x.sum(axis=axis, keepdims=True, dtype=np.float64) / np.maximum(n, 1)
-    # In float32, four times as fast; what rounding the mean leaves is taken off at the end.
-    rounded = mean.astype(np.float32)
-    centred = x - rounded
-    centred *= present
-    variance = np.square(centred).sum(axis=axis, keepdims=True, dtype=np.float64)
+def _mean_and_inverse(
+    x: np.ndarray, present: np.ndarray | None, *, axis: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and one over the standard deviation, 0 where that is rounding."""
+    mean, n = _mean(x, present, axis=axis)
+    centred = x - mean.astype(np.float32)  # in float32, four times as fast
+    if present is not None:
+        centred *= present
+    variance = np.square(centred, out=centred).sum(axis=axis, keepdims=True, dtype=np.float64)
     std = np.sqrt(variance / np.maximum(n - 1, 1))
     spread = std > _NOISE * np.abs(mean)
-    inverse = np.where(spread, 1.0 / np.where(spread, std, 1.0), 0.0)
-    scaled = centred[..., part] * inverse.astype(np.float32)
+    return mean, np.where(spread, 1.0 / np.where(spread, std, 1.0), 0.0)
+
+
+def _zscored(x: np.ndarray, mean: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    rounded = mean.astype(np.float32)
+    scaled = x - rounded
+    scaled *= inverse.astype(np.float32)
+    # What rounding the mean left.
     scaled += ((rounded - mean) * inverse).astype(np.float32)
-    scaled *= present[..., part]
     return scaled
 
 

@@ -137,9 +137,12 @@ class BrainLMConfig:
 
 
 PRESETS: dict[str, BrainLMConfig] = {
+    # A hidden patch is mixed from those of other parcels by heads of 16 values: at equal cost,
+    # patches of 8 frames are rebuilt far better after a minute than patches of 32.
     "tiny": BrainLMConfig(
-        n_trs=160,
-        patch_trs=32,
+        n_trs=40,
+        patch_trs=8,
+        position_dropout=0.0,
         xyz_unit_mm=50.0,
         init_std=0.06,
         width=64,

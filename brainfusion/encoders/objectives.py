@@ -3,7 +3,8 @@
 Random draws are pure functions of (seed, step) over the *global* batch, of which every rank takes
 its rows: two ranks see what one process would see, and a resumed run repeats nothing.
 
-Shape legend: b windows, p parcels, t TRs, n tokens, k context tokens, q target tokens.
+Shape legend: b windows, p parcels, t TRs, n tokens, k context tokens, q target tokens, m patches of
+a parcel, s TRs of a patch, h hidden patches.
 """
 
 from typing import Literal
@@ -21,6 +22,10 @@ from brainfusion.encoders.brainlm_image import BrainLMImage
 from brainfusion.encoders.mae import MaskedOutput, random_masking
 from brainfusion.encoders.masking import mask_rng, sample_masks
 from brainfusion.runtime.errors import UserError
+
+N_NEIGHBOURS = 8
+"""Visible parcels that the interpolation in space averages."""
+_LEAST_MM = 1.0  # parcels that lie closer count as so far apart
 
 
 class Objective(nn.Module):
@@ -90,12 +95,14 @@ class BrainLMObjective(Objective):
 
     @torch.no_grad()
     def diagnose(self, bold: Float[Tensor, "b p t"], draws: list[Tensor]) -> dict[str, float]:
-        """Masked R2, and what linear interpolation between visible patches reaches of it.
+        """Masked R2, and what two interpolations of visible values reach of it.
 
         `masked_r2` is against the mean of the hidden values: 0 is the mean predictor.
-        `r2_over_interpolation` is 1 - error / error of the interpolation: above 0, the encoder
-        knows more than a patch's neighbours in time say. The image-shaped family has its loss
-        alone: its hidden patches span parcels and padding.
+        `interpolation_r2` is that of linear interpolation in time, `neighbours_r2` that of the
+        nearest visible parcels at the same time. `r2_over_interpolation` is 1 - error / error of
+        the interpolation in time: above 0, the encoder knows more than a patch's neighbours in time
+        say. The image-shaped family has its loss alone: its hidden patches span parcels and
+        padding.
         """
         out = self.encoder(bold, self.xyz, noise=draws[0])
         values = {"validation_loss": float(_loss_of(out))}
@@ -108,9 +115,11 @@ class BrainLMObjective(Objective):
         frames = hidden.repeat_interleave(target.shape[-1], dim=-1)  # (b, p, t)
         guess = interpolated(bold, frames)
         of_guess = (guess - bold)[frames].square().sum()
+        of_near = (from_neighbours(target, hidden, self.xyz) - target[hidden]).square().sum()
         return values | {
             "masked_r2": float(1.0 - error / spread),
             "interpolation_r2": float(1.0 - of_guess / spread),
+            "neighbours_r2": float(1.0 - of_near / spread),
             "r2_over_interpolation": float(1.0 - error / of_guess),
             "target_std": float(target[hidden].std(correction=0)),
         }
@@ -229,3 +238,34 @@ def interpolated(
     level = (bold * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
     nowhere = hidden.all(-1, keepdim=True)
     return torch.where(nowhere, level[:, None, None], filled)
+
+
+def from_neighbours(
+    patches: Float[Tensor, "b p m s"], hidden: Bool[Tensor, "b p m"], xyz_mm: Float[Tensor, "p 3"]
+) -> Float[Tensor, "h s"]:
+    """Hidden patches from the nearest parcels that are visible at the same time.
+
+    The mean of the `N_NEIGHBOURS` nearest, weighted by one over the squared distance between
+    centroids; of fewer where fewer are visible; where none is, the mean of the window's visible
+    values.
+
+    Returns:
+        In the order of `hidden.nonzero()`.
+    """
+    n_near = min(N_NEIGHBOURS, len(xyz_mm) - 1)
+    distance = torch.cdist(xyz_mm, xyz_mm).clamp_min(_LEAST_MM).fill_diagonal_(torch.inf)
+    order = distance.argsort(1)[:, :-1]
+    window, parcel, place = hidden.nonzero().unbind(1)
+    near = order[parcel]  # (h, p - 1), the nearest first
+    seen = ~hidden[window[:, None], near, place[:, None]]
+    rank = seen.int().cumsum(1, dtype=torch.int32)
+    weight = (seen & (rank <= n_near)) / distance[parcel[:, None], near].square()
+    weight, chosen = weight.topk(n_near, dim=1)
+    near = near.gather(1, chosen)
+    values = patches[window[:, None], near, place[:, None]]  # (h, neighbours, s)
+    total = weight.sum(1, keepdim=True)
+    mixed = (weight.unsqueeze(-1) * values).sum(1) / total.clamp_min(torch.finfo(total.dtype).tiny)
+    there = ~hidden
+    level = (patches.sum(-1) * there).sum((1, 2)) / there.sum((1, 2)).clamp_min(1)
+    level = (level / patches.shape[-1])[window, None]
+    return torch.where(total > 0, mixed, level)

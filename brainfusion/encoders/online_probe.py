@@ -78,7 +78,7 @@ class OnlineProbe:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """`probe_<column>` for each column: r, or AUC of two groups."""
+        """`probe_<column>_r` for each column of numbers, `probe_<column>_auc` of two groups."""
         if not self._targets:
             return {}
         self._objective.eval()
@@ -89,7 +89,9 @@ class OnlineProbe:
         self._objective.train()
         x = gather_rows(torch.cat(parts).double(), self._ranks).cpu().numpy()
         return {
-            f"probe_{column}": score(x, values, n_train=self._n_train, binary=binary)
+            f"probe_{column}_{'auc' if binary else 'r'}": score(
+                x, values, n_train=self._n_train, binary=binary
+            )
             for column, (values, binary) in self._targets.items()
         }
 

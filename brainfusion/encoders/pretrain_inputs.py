@@ -4,8 +4,8 @@ Shape legend: b windows, p parcels, t TRs of a window.
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from brainfusion.data.cohort import Cohort
 from brainfusion.data.conditioning import InputConditioning
 from brainfusion.data.recordings import Recordings
 from brainfusion.data.resample import resampled_length, same_tr
-from brainfusion.data.standardise import Standardiser, check_kind
-from brainfusion.data.windows import cut_window, span_of, training_windows
+from brainfusion.data.standardise import Frames, Scale, Standardiser, check_kind
+from brainfusion.data.windows import cut_window, span_of, training_windows, window_frames
 from brainfusion.encoders.pretrain_config import DataConfig, PretrainConfig
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import UserError
@@ -32,6 +32,9 @@ class PretrainInputs:
     """What the checkpoint keeps: its TR is that of a window's frames."""
     train_rows: list[int]
     validation_rows: list[int]
+    _scales: dict[int, Scale] = field(default_factory=dict, repr=False)
+    """What recordings that were read before are scaled by: a further window costs its own frames
+    alone. Threads may fill it at once: they would write the same."""
 
     @classmethod
     def fit(cls, settings: PretrainConfig, cohort: Cohort) -> "PretrainInputs":
@@ -80,17 +83,29 @@ class PretrainInputs:
             step: The optimiser step, from 0.
             ranks: This process among all.
         """
-        return self._windows(self._whole, batch_size, seed=seed, step=step, ranks=ranks)
+        return self._windows(batch_size, seed=seed, step=step, ranks=ranks)
 
     def _windows(
         self,
-        transform: Callable[[np.ndarray, int], np.ndarray],
         batch_size: int,
         *,
         seed: int,
         step: int,
         ranks: Ranks,
+        rows: list[int] | None = None,
     ) -> np.ndarray:
+        """This rank's windows; index rows of their recordings are appended to `rows`."""
+
+        def whole(bold: np.ndarray, row: int) -> np.ndarray:
+            if rows is not None:
+                rows.append(row)
+            return self._prepared(bold, row)
+
+        def part(bold: np.ndarray, row: int, frames: Frames) -> np.ndarray:
+            if rows is not None:
+                rows.append(row)
+            return self._scaled(bold, row, frames)
+
         return training_windows(
             self.recordings,
             self.train_rows,
@@ -100,7 +115,8 @@ class PretrainInputs:
             step=step,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            transform=transform,
+            transform=whole if self._is_resampled else None,
+            crop=None if self._is_resampled else part,
             frames=self.data.frames,
         )
 
@@ -112,25 +128,36 @@ class PretrainInputs:
         The batch is read again: this is for the error that names them.
         """
         rows: list[int] = []
-
-        def noted(bold: np.ndarray, row: int) -> np.ndarray:
-            rows.append(row)
-            return self._whole(bold, row)
-
-        windows = self._windows(noted, batch_size, seed=seed, step=step, ranks=ranks)
+        windows = self._windows(batch_size, seed=seed, step=step, ranks=ranks, rows=rows)
         bad = [not np.isfinite(window).all() for window in windows]
         return rows, [row for row, is_bad in zip(rows, bad, strict=True) if is_bad]
 
     def first_window(self, row: int) -> np.ndarray:
         """The window [p, t] with which a recording begins."""
-        bold = self._whole(self.recordings.read(row), row)
-        return cut_window(bold, self.window_trs, share=0.0, frames=self.data.frames)
+        bold = self.recordings.read(row)
+        if self._is_resampled:
+            return cut_window(self._prepared(bold, row), self.window_trs, share=0.0)
+        frames = window_frames(bold.shape[1], self.window_trs, share=0.0, frames=self.data.frames)
+        return self._scaled(bold, row, frames)
 
-    def _whole(self, bold: np.ndarray, row: int) -> np.ndarray:
-        """A whole recording, ready to be cut."""
-        if self.data.frames == "brainjepa":  # the cut itself leaves frames out
-            return self.conditioning.standardiser.transform(bold)
+    @functools.cached_property
+    def _is_resampled(self) -> bool:
+        """Whether any recording has another TR than the one that is asked for."""
+        to_tr_s = self.data.tr_s
+        own = self.recordings.index["tr_s"].unique()
+        return to_tr_s is not None and not all(same_tr(tr_s, to_tr_s) for tr_s in own)
+
+    def _prepared(self, bold: np.ndarray, row: int) -> np.ndarray:
+        """A whole recording at the encoder's TR, ready to be cut."""
         return self.conditioning.prepare(bold, tr_s=self.recordings.index["tr_s"][row])
+
+    def _scaled(self, bold: np.ndarray, row: int, frames: Frames) -> np.ndarray:
+        """These frames of a recording at its own TR: to the bit what the whole would have there."""
+        standardiser = self.conditioning.standardiser
+        scale = self._scales.get(row)
+        if scale is None:
+            scale = self._scales[row] = standardiser.scale_of(bold)
+        return standardiser.transform(bold, part=frames, scale=scale)
 
 
 def _common_tr(cohort: Cohort, data: DataConfig) -> float | None:

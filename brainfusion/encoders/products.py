@@ -24,8 +24,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MIN_LINEAR = 2**21
+MIN_LINEAR = 2**25
 """Multiplications from which a linear layer goes through oneDNN: below, the call costs more."""
+MIN_TRAINED = 2**27
+"""The same where gradients are kept. oneDNN makes code for each shape that it meets, about 3 ms and
+0.6 MiB, and Brain-JEPA's masks give other shapes at every step: in small models that costs more
+than it saves, and the process grows by 17 MiB a step until its caches are full."""
 MIN_ATTENTION = 20_000_000
 """Multiplications of a head's scores from which its attention is tiled."""
 MIN_QUERIES, MIN_HEAD_WIDTH = 128, 24
@@ -46,11 +50,11 @@ def linear(
     x: Float[Tensor, "*r i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*r o"]:
     """`F.linear`."""
-    if not _through_onednn(x, weight) or x.numel() * len(weight) < MIN_LINEAR:
+    trained = _needs_gradient(x, weight, bias)
+    least = MIN_TRAINED if trained else MIN_LINEAR
+    if not _through_onednn(x, weight) or x.numel() * len(weight) < least:
         return F.linear(x, weight, bias)
-    if _needs_gradient(x, weight, bias):
-        return _Linear.apply(x, weight, bias)
-    return _product(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if trained else _product(x, weight, bias)
 
 
 def attention(

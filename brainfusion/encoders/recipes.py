@@ -57,8 +57,15 @@ def recipe(model: str, preset: str, name: str | None = None) -> PretrainConfig:
 
 def _tiny(model: str) -> _Parts:
     if model == "brainlm":
-        # Masked R2 stays at 0 for some hundred steps, then rises: many small steps, not few large.
-        optim = OptimConfig(steps=800, batch_size=4, lr=3e-3)
+        # Masked R2 stays at 0 for a hundred steps, then rises: many small steps, not few large.
+        optim = OptimConfig(
+            steps=1000,
+            batch_size=4,
+            lr=3e-3,
+            weight_decay=0.01,
+            weight_decay_end=0.01,
+            betas=(0.9, 0.98),
+        )
         return (
             optim,
             WatchConfig(log_every=20, validate_every=100, save_every=400),

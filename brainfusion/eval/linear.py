@@ -1,4 +1,4 @@
-"""Ridge and L2 logistic models in closed or batched form: one eigendecomposition a training set.
+"""Ridge models in closed form: one eigendecomposition a training set.
 
 With the training rows X = T W' (T orthogonal columns, T'T = diag(lam), W orthonormal) every ridge
 penalty, every target and every permutation of a target is a product in the basis W. Unpenalised
@@ -7,20 +7,27 @@ columns Z (the intercept, confounds) enter as generalised least squares,
     gamma = (Z'H Z)^-1 Z'H y,   H = I - T (lam + a)^-1 T',   beta = (lam + a)^-1 T'(y - Z gamma)
 
 which is the same as residualising X and y for Z in the training set (Frisch and Waugh 1933). The
-logistic loss is minimised by majorisation: its Hessian is at most diag(lam / 4 + a) in that basis
-(Bohning and Lindsay 1988), which preconditions all columns at once; accelerated, with restarts
-(O'Donoghue and Candes 2015).
+squared error of held-out people (rows E = [T, Z], coefficients b = [beta, gamma]) is
+
+    y'y - 2 b'E'y + b'E'E b
+
+so that where fewer coefficients than people are held out, no prediction is made to choose a
+penalty.
 
 Shape legend: n people, d width, r rank, q unpenalised columns, c columns (targets, permutations,
 penalties), a penalties, k folds.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import combinations
 
 import numpy as np
 
 _RANK_TOLERANCE = 1e-11
+
+Basis = tuple[np.ndarray, np.ndarray]
+"""Eigenvalues [r] of a training set, and everyone's coordinates in its basis [n, r]."""
 
 
 class FeatureSpace:
@@ -31,81 +38,117 @@ class FeatureSpace:
     unit. Columns are not scaled one by one.
     """
 
-    def __init__(self, features: np.ndarray, folds: np.ndarray) -> None:
-        """Store features [n, d] and fold numbers [n] (0 to k - 1)."""
+    def __init__(
+        self, features: np.ndarray, folds: np.ndarray, *, n_components: int | None = None
+    ) -> None:
+        """Store what all training sets share.
+
+        Args:
+            features: [n, d].
+            folds: Fold numbers [n], 0 to k - 1.
+            n_components: Keep the leading principal components of each training set; all if None.
+        """
         x = np.asarray(features, np.float64)
         x = x - x.mean(axis=0)
         scale = np.sqrt((x**2).sum() / len(x))
         self.x = x / scale if scale > 0 else x
         self.folds, self.n_folds = folds, int(folds.max()) + 1
+        self.n_components = n_components
         n, d = x.shape
         self._wide = d > n
-        if self._wide:
-            self._gram = self.x @ self.x.T
-        else:
-            parts = [self.x[folds == k] for k in range(self.n_folds)]
-            self._gram = np.stack([part.T @ part for part in parts])
+        self._learners = np.ones(n, bool)
+        self._gram = self.x @ self.x.T if self._wide else self._fold_grams()
 
-    def basis(self, left_out: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def among(self, learners: np.ndarray) -> "FeatureSpace":
+        """The same people and features, where only some (bool [n]) are ever trained on."""
+        other = copy(self)
+        other._learners = learners
+        if not self._wide:
+            other._gram = other._fold_grams()
+        return other
+
+    def narrowed(self, n_components: int) -> "FeatureSpace":
+        """The same, by the leading principal components of each training set."""
+        other = copy(self)
+        other.n_components = n_components
+        return other
+
+    def basis(self, left_out: Sequence[int]) -> Basis:
         """Eigenvalues [r] of the training set, and everyone's coordinates in its basis [n, r].
 
         Args:
             left_out: Folds that are not in the training set.
         """
+        train = ~np.isin(self.folds, left_out) & self._learners
         if self._wide:
-            train = ~np.isin(self.folds, left_out)
-            values, vectors = np.linalg.eigh(self._gram[np.ix_(train, train)])
-            kept = values > max(values[-1], 0) * _RANK_TOLERANCE
-            return values[kept], self._gram[:, train] @ (vectors[:, kept] / np.sqrt(values[kept]))
+            rows = self._gram[:, train]
+            if self.n_components is not None:
+                rows = rows - rows.mean(axis=1, keepdims=True)
+                rows -= rows[train].mean(axis=0)
+            values, vectors = self._leading(rows[train])
+            return values, rows @ (vectors / np.sqrt(values))
         inside = [k for k in range(self.n_folds) if k not in left_out]
-        values, vectors = np.linalg.eigh(self._gram[inside].sum(axis=0))
+        gram, x = self._gram[inside].sum(axis=0), self.x
+        if self.n_components is not None:
+            mean = x[train].mean(axis=0)
+            gram, x = gram - train.sum() * np.outer(mean, mean), x - mean
+        values, vectors = self._leading(gram)
+        return values, x @ vectors
+
+    def _leading(self, gram: np.ndarray) -> Basis:
+        values, vectors = np.linalg.eigh(gram)
         kept = values > max(values[-1], 0) * _RANK_TOLERANCE
-        return values[kept], self.x @ vectors[:, kept]
+        if self.n_components is not None:
+            kept[: max(len(values) - self.n_components, 0)] = False
+        return values[kept], vectors[:, kept]
+
+    def _fold_grams(self) -> np.ndarray:
+        parts = [self.x[(self.folds == k) & self._learners] for k in range(self.n_folds)]
+        return np.stack([part.T @ part for part in parts])
 
 
-def ridge_path(
-    eigenvalues: np.ndarray,
-    coordinates: np.ndarray,
-    fixed: np.ndarray,
-    y: np.ndarray,
-    train: np.ndarray,
-    penalties: np.ndarray,
-    *,
-    held_out: Sequence[np.ndarray],
-) -> Iterator[list[np.ndarray]]:
-    """Ridge predictions for one penalty after another.
+class RidgePath:
+    """Ridge models of one training set, for one penalty after another.
 
-    Args:
-        eigenvalues: [r] of the training set.
-        coordinates: Everyone's, [n, r].
-        fixed: Unpenalised columns, intercept included, [n, q].
-        y: Targets [n, c].
-        train: bool [n].
-        penalties: [a].
-        held_out: Row numbers to predict, one array a held-out fold.
-
-    Yields:
-        For each penalty, the predictions [rows, c] of each held-out fold.
+    Products are in the type of `y`. The small system for the unpenalised columns is solved in
+    float64 whatever that type is.
     """
-    t, z, y_train = coordinates[train], fixed[train], y[train]
-    t_y = t.T @ y_train
-    # The small system for gamma is solved in float64 whatever the type of the products.
-    t_z = (t.T @ z).astype(np.float64)
-    t_y_exact = t_y.astype(np.float64)
-    z_z, z_y = z.T.astype(np.float64) @ z, (z.T @ y_train).astype(np.float64)
-    held_t = [np.ascontiguousarray(coordinates[rows]) for rows in held_out]
-    for penalty in penalties:
-        shrink = 1 / (np.asarray(eigenvalues, np.float64) + penalty)[:, None]
+
+    def __init__(self, basis: Basis, fixed: np.ndarray, y: np.ndarray, train: np.ndarray) -> None:
+        """Take the training people's moments.
+
+        Args:
+            basis: Of `FeatureSpace.basis`.
+            fixed: Unpenalised columns, intercept included, [n, q].
+            y: Targets [n, c].
+            train: bool [n].
+        """
+        self._values, self._dtype = np.asarray(basis[0], np.float64), y.dtype
+        t, z, y_train = basis[1][train], fixed[train], y[train]
+        self._t_y = t.T @ y_train
+        self._t_z = (t.T @ z).astype(np.float64)
+        self._z_z = z.T.astype(np.float64) @ z
+        self._z_y = (z.T @ y_train).astype(np.float64)
+
+    def coefficients(
+        self, penalties: np.ndarray, columns: slice | np.ndarray = slice(None)
+    ) -> Iterator[np.ndarray]:
+        """For each penalty [r + q, c]: of the coordinates, then of the unpenalised columns."""
+        t_y, t_z = self._t_y[:, columns], self._t_z
+        z_y, t_z_here = self._z_y[:, columns], self._t_z.astype(self._dtype)
+        shrink = 1 / (self._values + np.asarray(penalties, np.float64)[:, None])[..., None]
         shrunk = shrink * t_z
-        gamma = np.linalg.pinv(z_z - t_z.T @ shrunk, rcond=1e-10, hermitian=True) @ (
-            z_y - shrunk.T @ t_y_exact
-        )
-        gamma = gamma.astype(y.dtype)
-        beta = t_y - t_z.astype(y.dtype) @ gamma
-        beta *= shrink.astype(y.dtype)
-        yield [
-            held @ beta + fixed[rows] @ gamma for held, rows in zip(held_t, held_out, strict=True)
-        ]
+        small = np.linalg.pinv(self._z_z - t_z.T @ shrunk, rcond=1e-10, hermitian=True)
+        for a in range(len(penalties)):
+            taken = (shrunk[a].T.astype(self._dtype) @ t_y).astype(np.float64)
+            gamma = (small[a] @ (z_y - taken)).astype(self._dtype)
+            out = np.empty((len(t_y) + len(gamma), t_y.shape[1]), self._dtype)
+            beta = out[: len(t_y)]
+            np.matmul(t_z_here, gamma, out=beta)
+            np.subtract(t_y, beta, out=beta)
+            beta *= shrink[a].astype(self._dtype)
+            out[len(t_y) :] = gamma
+            yield out
 
 
 def least_squares(
@@ -113,6 +156,42 @@ def least_squares(
 ) -> np.ndarray:
     """Predictions [rows, c] by the unpenalised columns alone; by an intercept, the train mean."""
     return fixed[rows] @ (np.linalg.pinv(fixed[train], rcond=1e-10) @ y[train])
+
+
+def squared_errors(
+    path: RidgePath,
+    held_out: Sequence[tuple[np.ndarray, np.ndarray]],
+    penalties: np.ndarray,
+) -> np.ndarray:
+    """Mean squared errors of held-out people for each penalty and target, float64 [h, a, c].
+
+    Args:
+        path: Of the training set.
+        held_out: For each held-out fold, the people's coordinates and unpenalised columns side by
+            side [m, r + q], and their targets [m, c].
+        penalties: [a].
+    """
+    moments = []
+    for rows, y in held_out:
+        if rows.shape[1] < len(rows):
+            size = np.einsum("nc,nc->c", y, y, dtype=np.float64)
+            moments.append((rows.T @ rows, 2 * (rows.T @ y), size))
+        else:
+            moments.append(None)
+    out = np.empty((len(held_out), len(penalties), held_out[0][1].shape[1]))
+    for a, b in enumerate(path.coefficients(penalties)):
+        for h, ((rows, y), known) in enumerate(zip(held_out, moments, strict=True)):
+            if known is None:
+                left = rows @ b
+                left -= y
+                out[h, a] = np.einsum("nc,nc->c", left, left)
+            else:
+                gram, twice, size = known
+                half = gram @ b
+                half -= twice
+                out[h, a] = size + np.einsum("rc,rc->c", half, b)
+            out[h, a] /= len(rows)
+    return out
 
 
 def ridge_out_of_fold(
@@ -134,210 +213,97 @@ def ridge_out_of_fold(
     """
     search = RidgeSearch(space.folds, fixed, y, penalties)
     for pair in combinations(range(space.n_folds), 2):
-        search.inner(pair, *space.basis(pair))
+        search.inner(pair, space.basis(pair))
     for fold in range(space.n_folds):
-        search.outer(fold, *space.basis((fold,)))
+        search.outer(fold, space.basis((fold,)))
     return search.predictions, search.chosen
 
 
 class RidgeSearch:
     """State of a nested search while training sets are visited: all pairs of folds, then each.
 
-    Products are in the type of `y`; coordinates must be of the same type.
+    Products are in the type of `y`, coordinates are made so.
     """
 
     def __init__(
-        self, folds: np.ndarray, fixed: np.ndarray, y: np.ndarray, penalties: np.ndarray
+        self,
+        folds: np.ndarray,
+        fixed: np.ndarray,
+        y: np.ndarray,
+        penalties: np.ndarray,
+        *,
+        learners: np.ndarray | None = None,
     ) -> None:
+        """Start.
+
+        Args:
+            folds: Fold numbers [n].
+            fixed: Unpenalised columns [n, q].
+            y: Targets [n, c].
+            penalties: [a].
+            learners: bool [n], who may be trained on and chosen with; everyone if None.
+        """
         self._folds, self.targets, self._penalties = folds, y, penalties
         self._fixed = fixed.astype(y.dtype)
+        self._learners = np.ones(len(y), bool) if learners is None else learners
         n_folds = int(folds.max()) + 1
-        self._rows = [np.flatnonzero(folds == k) for k in range(n_folds)]
         self._error = np.zeros((n_folds, len(penalties), y.shape[1]))
         self.predictions = np.zeros_like(y)
         self.baseline = np.zeros_like(y)
         """Out-of-fold predictions by the unpenalised columns alone."""
-        self.chosen = np.zeros((n_folds, y.shape[1]), np.int64)
+        self.inner_predictions: np.ndarray | None = None
+        """[k, n, c]: for outer fold k, of its training people by models without their own fold."""
+        self.inner_baseline: np.ndarray | None = None
 
-    def inner(
-        self, pair: tuple[int, int], eigenvalues: np.ndarray, coordinates: np.ndarray
-    ) -> None:
+    @property
+    def chosen(self) -> np.ndarray:
+        """The index of the penalty for each fold and column, [k, c]."""
+        return self._error.argmin(axis=1)
+
+    def inner(self, pair: tuple[int, int], basis: Basis) -> None:
         """Add the errors of the training set without these two folds."""
+        path, joined = self._path(pair, basis)
         i, j = pair
-        train = ~np.isin(self._folds, pair)
-        held_out = [self._rows[j], self._rows[i]]
-        path = self._path(eigenvalues, coordinates, train, self.targets, self._penalties, held_out)
-        for a, predicted in enumerate(path):
-            for outer, rows, values in zip(pair, held_out, predicted, strict=True):
-                values -= self.targets[rows]
-                self._error[outer, a] += np.einsum("nc,nc->c", values, values) / len(rows)
+        held_out = [
+            (joined[rows], self.targets[rows])
+            for rows in ((self._folds == held) & self._learners for held in (j, i))
+        ]
+        self._error[[i, j]] += squared_errors(path, held_out, self._penalties)
 
-    def outer(self, fold: int, eigenvalues: np.ndarray, coordinates: np.ndarray) -> None:
+    def again(self, pair: tuple[int, int], basis: Basis) -> None:
+        """After all pairs: what their models say of the two folds, by the penalties chosen."""
+        if self.inner_predictions is None:
+            shape = (int(self._folds.max()) + 1, *self.targets.shape)
+            self.inner_predictions = np.zeros(shape, self.targets.dtype)
+            self.inner_baseline = np.zeros(shape, self.targets.dtype)
+        assert self.inner_baseline is not None
+        path, joined = self._path(pair, basis)
+        train = self._train(pair)
+        for outer, held in (pair, pair[::-1]):
+            rows = np.flatnonzero(self._folds == held)
+            self.inner_predictions[outer, rows] = self._predict(path, joined[rows], outer)
+            baseline = least_squares(self._fixed, self.targets, train, rows)
+            self.inner_baseline[outer, rows] = baseline
+
+    def outer(self, fold: int, basis: Basis) -> None:
         """Choose penalties for this fold and predict it."""
-        train, rows = self._folds != fold, self._rows[fold]
-        chosen = self.chosen[fold] = self._error[fold].argmin(axis=0)
+        rows = np.flatnonzero(self._folds == fold)
+        path, joined = self._path((fold,), basis)
+        self.predictions[rows] = self._predict(path, joined[rows], fold)
+        self.baseline[rows] = least_squares(self._fixed, self.targets, self._train((fold,)), rows)
+
+    def _predict(self, path: RidgePath, rows: np.ndarray, outer: int) -> np.ndarray:
+        chosen = self._error[outer].argmin(axis=0)
+        out = np.empty((len(rows), len(chosen)), self.targets.dtype)
         for a in np.unique(chosen):
             columns = np.flatnonzero(chosen == a)
-            path = self._path(
-                eigenvalues,
-                coordinates,
-                train,
-                self.targets[:, columns],
-                self._penalties[a : a + 1],
-                [rows],
-            )
-            self.predictions[np.ix_(rows, columns)] = next(iter(path))[0]
-        self.baseline[rows] = least_squares(self._fixed, self.targets, train, rows)
-
-    def _path(
-        self,
-        eigenvalues: np.ndarray,
-        coordinates: np.ndarray,
-        train: np.ndarray,
-        y: np.ndarray,
-        penalties: np.ndarray,
-        held_out: Sequence[np.ndarray],
-    ) -> Iterator[list[np.ndarray]]:
-        return ridge_path(
-            eigenvalues, coordinates, self._fixed, y, train, penalties, held_out=held_out
-        )
-
-
-def residualised(coordinates: np.ndarray, fixed: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Coordinates [n, r] less what the fixed columns explain of them in the training set."""
-    return coordinates - fixed @ (np.linalg.pinv(fixed[train], rcond=1e-10) @ coordinates[train])
-
-
-def logistic_fit(
-    eigenvalues: np.ndarray,
-    coordinates: np.ndarray,
-    labels: np.ndarray,
-    penalties: np.ndarray,
-    *,
-    tolerance: float = 1e-9,
-    max_steps: int = 1000,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Minimise sum log loss + penalty / 2 |weights|^2 for all columns together.
-
-    Args:
-        eigenvalues: [r]; an upper bound of T'T in this basis is enough.
-        coordinates: Of the training people, columns of mean 0, [n, r]; float32 halves the time.
-        labels: 0 or 1, [n, c].
-        penalties: Of each column [c], 1 / C of scikit-learn.
-        tolerance: A column stops when its expected decrease is below this, in nats a person.
-        max_steps: After which a column stops anyhow: without a minimum (separable classes and
-            next to no penalty) the weights only grow.
-
-    Returns:
-        Intercepts [c] and weights [r, c].
-    """
-    t, dtype = coordinates, coordinates.dtype
-    n, c = labels.shape
-    y = labels.astype(dtype)
-    rate = y.mean(axis=0)
-    intercept, weights = np.log(rate / (1 - rate)), np.zeros((t.shape[1], c), dtype)
-    bound = (eigenvalues[:, None] / 4 + penalties).astype(dtype)
-    active = np.arange(c)
-    a, w = intercept.copy(), weights.copy()
-    a_ahead, w_ahead, momentum = a.copy(), w.copy(), np.ones(c, dtype)
-    alpha = penalties.astype(dtype)
-    for _ in range(max_steps):
-        residual = y - 1 / (1 + np.exp(-np.clip(t @ w_ahead + a_ahead, -30, 30)))
-        a_step, w_step = residual.mean(axis=0) * 4, t.T @ residual - alpha * w_ahead
-        decrease = np.einsum("rc,rc->c", w_step, w_step / bound) / n + a_step**2 / 4
-        w_step /= bound
-        a_new, w_new = a_ahead + a_step, w_ahead + w_step
-        # Momentum that points against the step has gone too far: start again from here.
-        turned = np.einsum("rc,rc->c", w_step * bound, w_new - w) + n / 4 * a_step * (a_new - a) < 0
-        momentum[turned] = 1
-        grown = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        push = np.where(turned, 0, (momentum - 1) / grown).astype(dtype)
-        a_ahead, w_ahead = a_new + push * (a_new - a), w_new + push * (w_new - w)
-        a, w, momentum = a_new, w_new, grown.astype(dtype)
-        going = decrease > tolerance
-        if not going.all():
-            intercept[active[~going]], weights[:, active[~going]] = a[~going], w[:, ~going]
-            if not going.any():
-                return intercept, weights
-            active, y, alpha, bound = active[going], y[:, going], alpha[going], bound[:, going]
-            a, w, a_ahead, w_ahead = a[going], w[:, going], a_ahead[going], w_ahead[:, going]
-            momentum = momentum[going]
-    intercept[active], weights[:, active] = a, w
-    return intercept, weights
-
-
-def log_loss(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean log loss of each column in nats, from logits and labels [n, c]."""
-    return (np.logaddexp(0, logits) - labels * logits).mean(axis=0)
-
-
-class LogisticSearch:
-    """As `RidgeSearch`, for labels; chosen by the mean log loss of the inner folds.
-
-    The fixed columns are taken out of the coordinates in each training set, not out of the labels.
-    """
-
-    def __init__(
-        self, folds: np.ndarray, fixed: np.ndarray, labels: np.ndarray, penalties: np.ndarray
-    ) -> None:
-        self._folds, self._fixed, self._labels = folds, fixed, labels
-        self._penalties = penalties
-        n_folds = int(folds.max()) + 1
-        self._error = np.zeros((n_folds, len(penalties), labels.shape[1]))
-        self.logits = np.zeros(labels.shape)
-        self.prevalence = np.zeros(labels.shape)
-        """Share of positives in the training set of each person's fold."""
-        self.chosen = np.zeros((n_folds, labels.shape[1]), np.int64)
-
-    def inner(
-        self, pair: tuple[int, int], eigenvalues: np.ndarray, coordinates: np.ndarray
-    ) -> None:
-        """Add the errors of the training set without these two folds."""
-        train = ~np.isin(self._folds, pair)
-        t = residualised(coordinates, self._fixed, train)
-        n_penalties, n_columns = self._error.shape[1:]
-        labels = np.repeat(self._labels[train], n_penalties, axis=1)
-        penalties = np.tile(self._penalties, n_columns)
-        intercept, weights = logistic_fit(eigenvalues, t[train], labels, penalties)
-        for outer, held in (pair, pair[::-1]):
-            rows = self._folds == held
-            loss = log_loss(
-                t[rows] @ weights + intercept,
-                np.repeat(self._labels[rows], n_penalties, axis=1),
-            )
-            self._error[outer] += loss.reshape(n_columns, n_penalties).T
-
-    def outer(
-        self,
-        fold: int,
-        eigenvalues: np.ndarray,
-        coordinates: np.ndarray,
-        permuted: Sequence[np.ndarray],
-    ) -> list[np.ndarray]:
-        """Choose penalties for this fold, predict it, and refit on permuted labels.
-
-        Args:
-            fold: The outer fold.
-            eigenvalues: Of its training set.
-            coordinates: Of everyone in its basis.
-            permuted: For each column, permuted labels of everyone [n, b].
-
-        Returns:
-            For each column, the logits [rows, b] of the permuted fits at the column's penalty.
-        """
-        train, rows = self._folds != fold, self._folds == fold
-        t = residualised(coordinates, self._fixed, train)
-        self.chosen[fold] = self._error[fold].argmin(axis=0)
-        penalties = self._penalties[self.chosen[fold]]
-        intercept, weights = logistic_fit(eigenvalues, t[train], self._labels[train], penalties)
-        self.logits[rows] = t[rows] @ weights + intercept
-        self.prevalence[rows] = self._labels[train].mean(axis=0)
-        short = t.astype(np.float32)
-        out = []
-        for penalty, labels in zip(penalties, permuted, strict=True):
-            again = np.full(labels.shape[1], penalty)
-            intercept, weights = logistic_fit(
-                eigenvalues, short[train], labels[train], again, tolerance=1e-5
-            )
-            out.append(short[rows] @ weights + intercept)
+            out[:, columns] = rows @ next(path.coefficients(self._penalties[[a]], columns))
         return out
+
+    def _train(self, left_out: Sequence[int]) -> np.ndarray:
+        return ~np.isin(self._folds, left_out) & self._learners
+
+    def _path(self, left_out: Sequence[int], basis: Basis) -> tuple[RidgePath, np.ndarray]:
+        basis = basis[0], basis[1].astype(self.targets.dtype, copy=False)
+        path = RidgePath(basis, self._fixed, self.targets, self._train(left_out))
+        return path, np.concatenate([basis[1], self._fixed], axis=1)

@@ -78,6 +78,17 @@ class PretrainingRun:
         return bool(self.summary) and (self.n_steps is None or self.step >= self.n_steps)
 
 
+def probed(key: str) -> str:
+    """The trait of a logged probe and its measure: "age (r)", "sex (AUC)".
+
+    Keys are `probe_<column>_r` and `probe_<column>_auc`; what ends otherwise is shown as it is.
+    """
+    column, _, measure = key.removeprefix("probe_").rpartition("_")
+    words = {"r": "r", "auc": "AUC"}
+    known = column and measure in words
+    return f"{column} ({words[measure]})" if known else key.removeprefix("probe_")
+
+
 def read_run(folder: Path) -> PretrainingRun:
     """Read a run folder.
 

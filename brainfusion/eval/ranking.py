@@ -4,10 +4,11 @@ For a query i with positives P_i, and one of them p, over its negatives j:
 
     gt = #{j : S_ij > S_ip},   eq = #{j : S_ij == S_ip},   so the 0-based rank lies in [gt, gt + eq]
 
-Identical vectors must tie exactly: two people of one gene sequence have one DNA embedding, and a
-collapsed encoder gives one vector to all. Floating-point products of the same numbers may differ
-with their place in a matrix product, so identical rows are scored once and counted as often as they
-occur, and the score of a positive is read from the tile that its competitors are in.
+Equal scores must tie exactly, so identical vectors are scored once (`ScoreTable`) and the score of
+a positive is read from the tile that its competitors are in.
+
+Cost: one product of 2 n m d operations for both directions; counting adds a tenth of that at width
+512 (`benchmarks/retrieval.py`). A tile's comparisons are kept as bytes and added eight at a time.
 
 Shape legend: n queries, m gallery entries, u and v distinct ones, P pairs, d width.
 """
@@ -16,71 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from brainfusion.eval.score_table import ScoreTable
 from brainfusion.runtime.errors import UserError
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreTable:
-    """Scores of n queries with m gallery entries: vectors to multiply, or a matrix given whole."""
-
-    row_of: np.ndarray
-    """Distinct row of each query, int64 [n]."""
-    col_of: np.ndarray
-    """Distinct column of each gallery entry, int64 [m]."""
-    rows: np.ndarray
-    """Distinct query vectors [u, d], or the scores [n, m]."""
-    cols: np.ndarray | None
-    """Distinct gallery vectors [v, d]; None when `rows` holds scores."""
-
-    @property
-    def n_rows(self) -> int:
-        """Distinct queries."""
-        return len(self.rows)
-
-    @property
-    def n_cols(self) -> int:
-        """Distinct gallery entries."""
-        return self.rows.shape[1] if self.cols is None else len(self.cols)
-
-    @classmethod
-    def from_vectors(cls, queries: np.ndarray, gallery: np.ndarray) -> "ScoreTable":
-        """Inner products in float32 of vectors [n, d] and [m, d] of any float type."""
-        queries, gallery = _vectors(queries, "queries"), _vectors(gallery, "gallery")
-        if queries.shape[1] != gallery.shape[1]:
-            raise UserError(
-                f"queries are {queries.shape[1]} wide but the gallery is {gallery.shape[1]}: both "
-                "must come from one shared space; project them with the same model."
-            )
-        row_of, rows = _distinct(queries)
-        col_of, cols = _distinct(gallery)
-        return cls(row_of, col_of, rows, cols)
-
-    @classmethod
-    def from_scores(cls, scores: np.ndarray) -> "ScoreTable":
-        """Scores [n, m] of any kind, higher for a better match."""
-        scores = np.asarray(scores)
-        scores = scores.astype(
-            np.float32 if scores.dtype.itemsize < 4 else scores.dtype, copy=False
-        )
-        if scores.ndim != 2 or not np.isfinite(scores).all():
-            raise UserError(
-                f"scores have shape {list(scores.shape)}: expected [queries, gallery], all finite."
-            )
-        return cls(np.arange(len(scores)), np.arange(scores.shape[1]), scores, None)
-
-    def tile(self, rows: slice, cols: slice) -> np.ndarray:
-        """Scores of some distinct queries with some distinct gallery entries."""
-        if self.cols is None:
-            return self.rows[rows, cols]
-        return self.rows[rows] @ self.cols[cols].T
-
-    def block(self, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-        """Scores of these queries with these gallery entries (indices), repeats included."""
-        if self.cols is None:
-            return self.rows[np.ix_(queries, gallery)]
-        rows, row_of = np.unique(self.row_of[queries], return_inverse=True)
-        cols, col_of = np.unique(self.col_of[gallery], return_inverse=True)
-        return (self.rows[rows] @ self.cols[cols].T)[row_of][:, col_of]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +37,11 @@ class Ranking:
     n_positives: np.ndarray
     auc: np.ndarray
     """Share of negatives that a positive outranks, mean over the query's positives, float64 [q]."""
+    auc_bounds: np.ndarray
+    """The same with ties won and with ties lost, [q, 2]."""
+    average_precision: np.ndarray
+    """Mean over the query's positives of the precision at their place, [q, 3]: expected over the
+    orders of equals, with positives before their equals, and after them."""
     resisted: np.ndarray
     """For each gallery entry: share of foreign queries that prefer their own positive, [m]."""
 
@@ -119,7 +62,7 @@ class _Side:
 
 
 def rank_pairs(
-    table: ScoreTable, pairs: np.ndarray, *, tile: int = 2048
+    table: ScoreTable, pairs: np.ndarray, *, tile: int = 1024
 ) -> tuple[Ranking, Ranking]:
     """Rank the positives in both directions; every tile of scores is made once.
 
@@ -169,19 +112,68 @@ def _tally(
     share: np.ndarray,
 ) -> None:
     """Count, for the pairs whose query is in this tile, its competitors above and level."""
+    local = row[pairs] - at_row.start
+    whole = len(pairs) == len(block) and (local == np.arange(len(block))).all()
+    if whole and weight is None and (share[pairs] == 1).all():
+        above, level, defeats = _count(block, scores[pairs])
+        side.gt[pairs] += above
+        side.eq[pairs] += level
+        side.defeats[at_col] += defeats
+        return
     step = max(len(block), 1024)
     for start in range(0, len(pairs), step):
         p = pairs[start : start + step]
-        local = row[p] - at_row.start
-        whole = len(p) == len(block) and (local == np.arange(len(block))).all()
-        rows = block if whole else block[local]
+        rows = block[local[start : start + step]]
         own = scores[p][:, None]
-        shares = None if (share[p] == 1).all() else share[p]
         for mask, counts, value in ((rows > own, side.gt, 1.0), (rows == own, side.eq, 0.5)):
             w = None if weight is None else weight[at_col]
             counts[p] += mask.sum(axis=1, dtype=np.int32) if w is None else mask @ w
-            beaten = mask.sum(axis=0, dtype=np.int32) if shares is None else shares @ mask
-            side.defeats[at_col] += value * beaten
+            side.defeats[at_col] += value * (share[p] @ mask)
+
+
+def _count(block: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores above and level with each row's own [rows], and by column those rows, level ones half.
+
+    `block` may be the transpose of a tile: memory is walked in its own order.
+    """
+    turned = not block.flags.c_contiguous
+    matrix = block.T if turned else block
+    mine = own[None, :] if turned else own[:, None]
+    lines, columns = np.zeros(len(matrix), np.int64), np.zeros(matrix.shape[1], np.int64)
+    level = [np.zeros_like(lines), np.zeros_like(columns)]
+    mask = np.zeros((_LANE, -(-matrix.shape[1] // 8) * 8), bool)
+    for start in range(0, len(matrix), _LANE):
+        part = matrix[start : start + _LANE]
+        at = slice(start, start + len(part))
+        against = mine if turned else mine[at]
+        used = mask[: len(part)]
+        found = []
+        for compare in (np.greater, np.greater_equal):
+            compare(part, against, out=used[:, : part.shape[1]])
+            found.append(_sums(used))
+        (lines_gt, columns_gt), (lines_ge, columns_ge) = found
+        lines[at] += lines_gt
+        columns += columns_gt[: len(columns)]
+        level[0][at] += lines_ge - lines_gt
+        level[1] += (columns_ge - columns_gt)[: len(columns)]
+    if turned:
+        return columns, level[1], lines + 0.5 * level[0]
+    return lines, level[0], columns + 0.5 * level[1]
+
+
+_LANE = 248
+"""Rows, or words of a row, whose bytes of 0 and 1 are added within a byte: fewer than 256."""
+
+
+def _sums(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of a contiguous bool array over its columns and over its rows, eight bytes at a time."""
+    words = mask.view(np.uint64)
+    by_column = words.sum(axis=0).view(np.uint8).astype(np.int64)
+    by_row = np.zeros(len(mask), np.int64)
+    for start in range(0, words.shape[1], _LANE):
+        lanes = words[:, start : start + _LANE].sum(axis=1)
+        by_row += lanes.view(np.uint8).reshape(-1, 8).sum(axis=1, dtype=np.int64)
+    return by_row, by_column
 
 
 def _finish(
@@ -193,8 +185,8 @@ def _finish(
     distinct_of: np.ndarray,
 ) -> Ranking:
     """Take the positives out of the counts and sum up by query."""
-    gt, eq = side.gt.copy(), side.eq.copy()
-    beats = np.zeros(len(scores))
+    gt, eq = side.gt, side.eq
+    beats, ahead, level_with = np.zeros((3, len(scores)))
     order = np.argsort(query, kind="stable")
     queries, starts, sizes = np.unique(query[order], return_index=True, return_counts=True)
     best, n_tied = np.empty(len(queries), np.int64), np.empty(len(queries))
@@ -204,12 +196,12 @@ def _finish(
         own = scores[members]
         above = own[:, None, :] > own[:, :, None]
         level = own[:, None, :] == own[:, :, None]
-        gt[members] -= above.sum(axis=2)
-        eq[members] -= level.sum(axis=2)
+        ahead[members], level_with[members] = above.sum(axis=2), level.sum(axis=2)
         beats[members] = (above + 0.5 * level).sum(axis=1)
         top = own.argmax(axis=1)
         best[at] = members[np.arange(len(at)), top]
         n_tied[at] = level[np.arange(len(at)), top].sum(axis=1)
+    gt, eq = gt - ahead, eq - level_with
     n_gallery = len(distinct_of)
     n_negatives = n_gallery - sizes
     if (n_negatives < 1).any():
@@ -217,13 +209,55 @@ def _finish(
             f"a query has {n_gallery} candidates and all are its positives: retrieval needs 1 "
             "negative or more; give a larger gallery."
         )
-    pair_auc = 1 - (gt + eq / 2) / n_negatives[np.searchsorted(queries, query)]
-    auc = np.bincount(query, share * pair_auc)[queries]
+    n_others = n_negatives[np.searchsorted(queries, query)]
+    of_pair = [1 - (gt + tied * eq) / n_others for tied in (0.5, 0.0, 1.0)]
+    of_pair += pair_precision(gt, eq, ahead, level_with, n_gallery)
+    # Mean over a query's positives.
+    mean = np.stack([np.bincount(query, share * value)[queries] for value in of_pair], axis=1)
     defeats = side.defeats[distinct_of]
     np.subtract.at(defeats, entry, share * beats)
     n_foreign = len(queries) - np.bincount(entry, minlength=n_gallery)
     resisted = 1 - defeats / np.maximum(n_foreign, 1)
-    return Ranking(queries, gt[best], eq[best], n_tied, sizes, auc, resisted)
+    return Ranking(
+        queries, gt[best], eq[best], n_tied, sizes, mean[:, 0], mean[:, 1:3], mean[:, 3:], resisted
+    )
+
+
+def pair_precision(
+    gt: np.ndarray, eq: np.ndarray, ahead: np.ndarray, level: np.ndarray, n_gallery: int
+) -> list[np.ndarray]:
+    """Precision at the place of a positive: expected, optimistic, pessimistic; each [P].
+
+    With A positives and G negatives above, and n = t + e level entries of which t are positives (a
+    place i among them holds a positive with probability t / n, and (i - 1) (t - 1) / (n - 1) others
+    before it), the mean over orders and over the t positives is
+
+        1/n sum_i [A + 1 + (i - 1) (t - 1) / (n - 1)] / (A + G + i)
+
+    written with harmonic numbers (McSherry and Najork 2008, ECIR).
+
+    Args:
+        gt: Negatives above each positive, G.
+        eq: Negatives level with it, e.
+        ahead: Positives above it, A.
+        level: Positives level with it, itself among them, t.
+        n_gallery: Entries in all.
+    """
+    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, n_gallery + 1))]
+
+    def reciprocals(first: np.ndarray, n: np.ndarray) -> np.ndarray:
+        """Sum of 1 / place over the `n` places after the first ones."""
+        return harmonic[(first + n).astype(np.int64)] - harmonic[first.astype(np.int64)]
+
+    above, n_level = ahead + gt, eq + level
+    others = (level - 1) / np.maximum(n_level - 1, 1)
+    places = reciprocals(above, n_level)
+    expected = ((ahead + 1) * places + others * (n_level - (above + 1) * places)) / n_level
+    first, last = (
+        1 - (gt + tied) * reciprocals(above + tied, level) / level
+        for tied in (np.zeros_like(eq), eq)
+    )
+    return [expected, first, last]
 
 
 def _pair_scores(table: ScoreTable, row: np.ndarray, col: np.ndarray, tile: int) -> np.ndarray:
@@ -270,43 +304,3 @@ def _repeats(distinct_of: np.ndarray, n_distinct: int) -> np.ndarray | None:
     if len(distinct_of) == n_distinct:
         return None
     return np.bincount(distinct_of, minlength=n_distinct).astype(np.float64)
-
-
-def _vectors(values: np.ndarray, name: str) -> np.ndarray:
-    values = np.asarray(values)
-    if values.ndim != 2 or 0 in values.shape:
-        raise UserError(f"{name} have shape {list(values.shape)}: expected [n, width], not empty.")
-    # Adding zero turns -0.0 into 0.0: they are equal and must have equal bytes.
-    values = np.ascontiguousarray(values, dtype=np.float32) + np.float32(0)
-    if not np.isfinite(values).all():
-        n_bad = int((~np.isfinite(values).all(axis=1)).sum())
-        raise UserError(
-            f"{name}: {n_bad} of {len(values)} vectors have NaN or infinite values (in float32); "
-            "drop those people or make their embeddings again."
-        )
-    return values
-
-
-def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct rows in order of first appearance, and which of them each row is."""
-    keys = _row_keys(values)
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    if len(first) == len(values):
-        return np.arange(len(values)), values
-    order = np.argsort(first)
-    return np.argsort(order)[inverse], values[first[order]]
-
-
-def _row_keys(values: np.ndarray) -> np.ndarray:
-    """A 64-bit key of each row's bytes: equal rows have equal keys, others differ but for 2^-64."""
-    rng = np.random.default_rng(0)
-    odd = rng.integers(0, 2**63, values.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    out = np.empty(len(values), np.uint64)
-    for start in range(0, len(values), 4096):
-        words = values[start : start + 4096].view(np.uint32).astype(np.uint64)
-        words = (words + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        words ^= words >> np.uint64(29)
-        words *= odd
-        words ^= words >> np.uint64(32)
-        out[start : start + 4096] = (words * odd).sum(axis=1, dtype=np.uint64)
-    return out

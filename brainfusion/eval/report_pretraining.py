@@ -15,7 +15,13 @@ import numpy as np
 from brainfusion.eval import figures
 from brainfusion.eval.drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from brainfusion.eval.figures_training import Line, over_steps, reconstruction, traces
-from brainfusion.eval.pretraining_run import PretrainingRun, alarms, interpolated_r2, read_run
+from brainfusion.eval.pretraining_run import (
+    PretrainingRun,
+    alarms,
+    interpolated_r2,
+    probed,
+    read_run,
+)
 from brainfusion.eval.report_parts import (
     date_text,
     document,
@@ -39,9 +45,18 @@ _WORDS = MEANINGS | {
     "windows_per_s": ("windows a second", "of all processes together"),
     "wait_share": ("share of the time that steps wait for data", ""),
     "peak_mib": ("largest memory so far, MiB", ""),
+    "neighbours_r2": (
+        "R2 of interpolation between parcels",
+        "of hidden values from the 8 nearest visible parcels at the same time, the nearer the more",
+    ),
 }
 """Keys of metrics.jsonl -> name, and a clause on what it means."""
 
+_GUESSES = {
+    "interpolation_r2": "linear interpolation in time",
+    "neighbours_r2": "the nearest visible parcels",
+}
+"""What masked R2 is held against beside the mean, in words."""
 _COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
 
 
@@ -118,17 +133,26 @@ def _seconds_left(run: PretrainingRun) -> float | None:
 
 def _findings(run: PretrainingRun) -> Iterator[str]:
     if r2 := run.values("masked_r2"):
-        line = run.values("interpolation_r2")
-        beside = f"; linear interpolation in time: {rounded(line[-1])}" if line else ""
+        beside = "".join(
+            f"; {text}: {rounded(run.values(key)[-1])}"
+            for key, text in _GUESSES.items()
+            if run.values(key)
+        )
         yield (
             f"Hidden patches are rebuilt with R2 {rounded(r2[-1])} on validation people (their "
             f"mean: 0{beside})."
         )
+        near = run.values("neighbours_r2")
+        if near and r2[-1] <= near[-1]:
+            yield (
+                "The encoder does not beat an average of the nearest visible parcels: train it for "
+                "longer, with shorter patches, or on more people."
+            )
     for key in run.keys("probe_"):
         values = run.values(key)
         if len(values) > 1:
             yield (
-                f"The online probe of {key.removeprefix('probe_')} went from {rounded(values[0])} "
+                f"The online probe of {probed(key)} went from {rounded(values[0])} "
                 f"to {rounded(values[-1])} on validation people."
             )
 
@@ -176,12 +200,15 @@ def _learning(run: PretrainingRun) -> str:
             run.rows,
             [
                 Line(key="masked_r2", text="the encoder"),
-                Line(
-                    key="interpolation_r2", text="interpolation in time", colour=GREEN, dashes="-."
+                *(
+                    Line(key=key, text=text, colour=colour, dashes=dashes)
+                    for (key, text), (colour, dashes) in zip(
+                        _GUESSES.items(), ((GREEN, "-."), (ORANGE, "--")), strict=True
+                    )
                 ),
             ],
             name="masked-r2",
-            label="Masked R2 on validation people against the step, with its two baselines.",
+            label="Masked R2 on validation people against the step, with its three baselines.",
             unit="masked R2",
             references=[(0.0, "the mean")],
         )
@@ -191,7 +218,7 @@ def _learning(run: PretrainingRun) -> str:
         svg = over_steps(
             run.rows,
             [
-                Line(key=key, text=key.removeprefix("probe_"), colour=_COLOURS[i % len(_COLOURS)])
+                Line(key=key, text=probed(key), colour=_COLOURS[i % len(_COLOURS)])
                 for i, key in enumerate(keys)
             ],
             name="probes",

@@ -14,8 +14,19 @@ Every sentence is computed from the results; nothing is taken on trust. The rule
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from brainfusion.eval.attainable import share_of_attainable
+from brainfusion.eval.confounds import confounds, covariates_alone, in_groups_only
+from brainfusion.eval.evidence import (
+    aligner,
+    comparable,
+    evidence,
+    in_words,
+    is_found,
+    mean_row,
+    smallest_detectable,
+)
 from brainfusion.eval.rows import (
     CONTROL_LIMIT,
     DIRECTION_NAMES,
@@ -26,7 +37,6 @@ from brainfusion.eval.rows import (
     by_target,
     control_distance,
     control_failed,
-    direction_of,
     gallery_text,
     number,
     p_text,
@@ -36,7 +46,8 @@ from brainfusion.eval.rows import (
 )
 
 Row = Mapping[str, Any]
-Evidence = Literal["found", "weak", "none", "below"]
+
+__all__ = ["best_baseline", "evidence", "smallest_detectable", "verdict"]
 
 PRETRAINED, UNTRAINED = "ridge-CCA, encoder features", "ridge-CCA, untrained encoder"
 """The baselines that differ in nothing but the encoder's pretraining."""
@@ -64,10 +75,10 @@ def verdict(results: Row) -> list[str]:
         *_leak(retrieval),
         *([] if failed else control),
         *_ceiling(retrieval),
+        *_linear(retrieval),
         *_baselines(retrieval),
         *_pretraining(retrieval),
-        *_covariates(retrieval),
-        *_strata(retrieval),
+        *confounds(retrieval),
         *_probes(results.get("probes") or []),
     ]
     if (results.get("cohort") or {}).get("origin") == "simulated":
@@ -75,32 +86,6 @@ def verdict(results: Row) -> list[str]:
             "The cohort is simulated: these figures test the method and say nothing about people."
         )
     return sentences
-
-
-def evidence(row: Row) -> Evidence:
-    """How strongly one retrieval direction speaks for an alignment."""
-    chance = number(row, "chance", 0.5)
-    low, high, p = number(row, "ci_low"), number(row, "ci_high"), number(row, "p_value")
-    if high < chance:
-        return "below"
-    if math.isnan(p):
-        return "found" if low > chance else "none"
-    above = low > chance or (math.isnan(low) and row["auc"] > chance)
-    if p < 0.01 and above:
-        return "found"
-    return "weak" if p < 0.05 or above else "none"
-
-
-def smallest_detectable(row: Row) -> float:
-    """The AUC that a one-sided 5% test detects with power 80%, given this row's uncertainty.
-
-    The standard error is that of the interval (which knows about families), but at least the one
-    of independent people, whose AUC is uniform under the null: sqrt(1 / (12 n)).
-    """
-    errors = [(number(row, "ci_high") - number(row, "ci_low")) / (2 * 1.96)]
-    if row.get("n_gallery"):
-        errors.append(math.sqrt(1.0 / (12.0 * row["n_gallery"])))
-    return 0.5 + (1.645 + 0.842) * max([e for e in errors if not math.isnan(e)], default=math.nan)
 
 
 # -- the finding -------------------------------------------------------------------------------
@@ -135,6 +120,11 @@ def _direction(name: str, row: Row) -> str:
     match evidence(row):
         case "found":
             return f"The {query} of a person finds their own {found} better than chance: {numbers}."
+        case "weak" if in_groups_only(row):
+            return (
+                f"No evidence that the {query} of a person finds their own {found}: {numbers}. It "
+                "finds people of the same group."
+            )
         case "weak":
             return (
                 f"Weak evidence that the {query} of a person finds their own {found}: {numbers}. "
@@ -194,6 +184,33 @@ def _ceiling(retrieval: Row) -> list[str]:
     ]
 
 
+def _linear(retrieval: Row) -> list[str]:
+    """How a finding compares with the best linear-Gaussian model that as many people allow."""
+    row = retrieval.get("attainable_linear")
+    ours = [retrieval[name] for name in DIRECTIONS if retrieval.get(name)]
+    if not row or not ours:
+        return []
+    top, high = number(row, "auc"), number(row, "ci_high")
+    found = is_found(retrieval)
+    if top <= 0.5:
+        limit = f"its AUC is 0.50, at most {rounded(high)}"
+        if found:
+            return [f"A linear-Gaussian model learnt from as many people finds nothing: {limit}."]
+        if all(evidence(own) == "none" for own in ours):
+            return [f"Nor does a linear-Gaussian model learnt from as many people: {limit}."]
+        return []
+    if not found:
+        return []
+    mean = mean_row(ours)
+    share = share_of_attainable(mean["auc"], top)
+    beyond = number(mean, "ci_low") > high
+    return [
+        f"The aligner reaches {rounded(share)} of the best linear-Gaussian model's AUC above "
+        f"chance, {with_interval(row)} learnt from as many people"
+        + (": it finds what no linear model does." if beyond else ".")
+    ]
+
+
 def _control(retrieval: Row) -> list[str]:
     control = retrieval.get("shuffled_control")
     if not control:
@@ -221,50 +238,17 @@ def _control(retrieval: Row) -> list[str]:
 def best_baseline(retrieval: Row) -> str | None:
     """The name of the baseline with the highest AUC, over the directions that have an interval."""
     groups = by_name(retrieval.get("baselines") or [])
-    return max(groups, key=lambda name: _mean(groups[name])["auc"], default=None)
-
-
-def _comparable(rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows with an interval, if there are any: others cannot be compared."""
-    return [row for row in rows if math.isfinite(number(row, "ci_low"))] or rows
-
-
-def _mean(rows: Sequence[Row]) -> Row:
-    """AUC and bounds averaged over directions, which share their people: bounds do not shrink."""
-    rows = _comparable(rows)
-    means = {
-        key: sum(number(row, key) for row in rows) / len(rows)
-        for key in ("auc", "ci_low", "ci_high")
-    }
-    return {key: value for key, value in means.items() if math.isfinite(value)}
-
-
-def _aligner(retrieval: Row, like: Sequence[Row]) -> Row | None:
-    """The aligner's own figures, averaged over the directions that `like` is compared in."""
-    asked = {direction_of(row) for row in _comparable(like)} - {None} or set(DIRECTIONS)
-    rows = [retrieval[name] for name in DIRECTIONS if retrieval.get(name) and name in asked]
-    return _mean(rows) if rows else None
-
-
-def _in_words(rows: Sequence[Row]) -> str:
-    """The mean AUC, and of which direction it is if it is one alone."""
-    asked = {direction_of(row) for row in _comparable(rows)} - {None}
-    one = f" from {DIRECTION_NAMES[str(next(iter(asked)))]}" if len(asked) == 1 else ""
-    return f"AUC {with_interval(_mean(rows))}{one}"
-
-
-def _found(retrieval: Row) -> bool:
-    return any(evidence(retrieval[name]) == "found" for name in DIRECTIONS if retrieval.get(name))
+    return max(groups, key=lambda name: mean_row(groups[name])["auc"], default=None)
 
 
 def _baselines(retrieval: Row) -> list[str]:
     groups, best = by_name(retrieval.get("baselines") or []), best_baseline(retrieval)
-    ours = _aligner(retrieval, groups[best]) if best else None
+    ours = aligner(retrieval, groups[best]) if best else None
     if best is None or ours is None:
         return []
-    theirs = _mean(groups[best])
-    name, own = f"{best}, with {_in_words(groups[best])}", f"AUC {with_interval(ours)}"
-    if not _found(retrieval) and number(theirs, "ci_low") <= 0.5:
+    theirs = mean_row(groups[best])
+    name, own = f"{best}, with {in_words(groups[best])}", f"AUC {with_interval(ours)}"
+    if not is_found(retrieval) and number(theirs, "ci_low") <= 0.5:
         return [f"The baselines find nothing either; the best is {name}."]
     tops = [attainable(retrieval[name]) for name in DIRECTIONS if retrieval.get(name)]
     if tops and number(theirs, "ci_low") > max(tops):
@@ -272,7 +256,7 @@ def _baselines(retrieval: Row) -> list[str]:
             f"Warning: {name} is above the attainable {rounded(max(tops))}. What it finds is a "
             "confound and no link between brain and DNA, so it is not the standard to beat."
         ]
-    p = min(number(row, "p_value") for row in _comparable(groups[best]))
+    p = min(number(row, "p_value") for row in comparable(groups[best]))
     if number(theirs, "ci_low") > 0.5 and p >= 0.05:
         return [
             f"Warning: {name}, is above chance but not above what exchanging people within their "
@@ -283,7 +267,7 @@ def _baselines(retrieval: Row) -> list[str]:
             end = f"its own is clearly lower, {own}. "
             end += (
                 "But covariates alone find partners too: the baseline may rest on them."
-                if _covariates(retrieval)
+                if covariates_alone(retrieval)
                 else "Prefer the baseline."
             )
         else:
@@ -302,12 +286,12 @@ def _pretraining(retrieval: Row) -> list[str]:
     groups = by_name(retrieval.get("baselines") or [])
     if not {PRETRAINED, UNTRAINED} <= groups.keys():
         return []
-    trained, raw = _mean(groups[PRETRAINED]), _mean(groups[UNTRAINED])
+    trained, raw = mean_row(groups[PRETRAINED]), mean_row(groups[UNTRAINED])
     numbers = (
-        f"with ridge-CCA on the encoder's features {_in_words(groups[PRETRAINED])}, on those of "
+        f"with ridge-CCA on the encoder's features {in_words(groups[PRETRAINED])}, on those of "
         f"the same encoder untrained AUC {with_interval(raw)}"
     )
-    rows = [*_comparable(groups[PRETRAINED]), *_comparable(groups[UNTRAINED])]
+    rows = [*comparable(groups[PRETRAINED]), *comparable(groups[UNTRAINED])]
     if all(evidence(row) == "none" or number(row, "p_value") >= 0.05 for row in rows):
         return [f"Neither pretrained nor untrained features find anything: {numbers}."]
     if number(trained, "ci_low") > number(raw, "ci_high"):
@@ -317,47 +301,6 @@ def _pretraining(retrieval: Row) -> list[str]:
     if trained["auc"] > raw["auc"]:
         return [f"Pretraining may help, but the intervals overlap: {numbers}."]
     return [f"Pretraining does not help here: {numbers}."]
-
-
-def _covariates(retrieval: Row) -> list[str]:
-    """Warns when the covariates alone find the partner."""
-    sentences = []
-    for name, rows in by_name(retrieval.get("baselines") or []).items():
-        alone = name.lower().startswith(("covariate", "confound"))
-        if alone and number(_mean(rows), "ci_low") > 0.5:
-            sentences.append(
-                f"Warning: {name} already finds the partner, {_in_words(rows)}. That much of the "
-                "alignment needs neither brain nor DNA."
-            )
-    return sentences
-
-
-def _strata(retrieval: Row) -> list[str]:
-    """A stratum whose whole interval is below the overall AUC points at confounding."""
-    if not _found(retrieval):
-        return []
-    held, sentences = {}, []
-    for name, rows in by_name(retrieval.get("strata") or []).items():
-        mean, ours = _mean(rows), _aligner(retrieval, rows)
-        if ours is None:
-            continue
-        drop, high = ours["auc"] - mean["auc"], number(mean, "ci_high")
-        certain = drop > 0.05 if math.isnan(high) else high < ours["auc"]
-        if not certain or drop <= 0.02:
-            held[name] = mean["auc"]
-            continue
-        lost = ", no longer told apart from chance" if number(mean, "ci_low") <= 0.5 else ""
-        sentences.append(
-            f"Warning: among people of one stratum ({name}) the AUC drops from "
-            f"{rounded(ours['auc'])} to {with_interval(mean)}{lost}. What differs between strata "
-            "explains part of the alignment: it may be confounding."
-        )
-    if held:
-        ends = dict.fromkeys(rounded(value) for value in (min(held.values()), max(held.values())))
-        sentences.append(
-            f"The alignment holds within strata: AUC {' to '.join(ends)} ({', '.join(held)})."
-        )
-    return sentences
 
 
 # -- probes ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from brainfusion.alignment.losses import contrastive_loss, info_nce, open_clip_losses
-from tests.oracles.info_nce import info_nce_oracle, siglip_oracle
+from tests.oracles.contrastive import info_nce_oracle, siglip_oracle
 
 
 def unit_rows(n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_info_nce_equals_the_brute_force_oracle_in_float64(n, d, tile, scale):
     a, b = unit_rows(n, d), unit_rows(n, d, seed=1)
     truth = info_nce_oracle(a, b, scale)
     for got, expected in zip(ours(a, b, scale, tile=tile), truth, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13 * max(1.0, scale))
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.25, 100.0])
@@ -108,27 +108,15 @@ def test_scale_gradient_equals_the_identity_of_row_gradients():
     torch.testing.assert_close((b * grad_b).sum() / 7.0, grad_scale)
 
 
-def test_no_matrix_of_all_pairs_is_ever_made():
-    # 8,000 pairs: the matrix would take 256 MB in float32; inputs and gradients take 1 MB.
-    code = """
-import resource, torch
-from brainfusion.alignment.losses import info_nce
-torch.set_num_threads(1)
-a, b = (torch.nn.functional.normalize(torch.randn(8_000, 8), dim=1).requires_grad_() for _ in "ab")
-s = torch.tensor(10.0, requires_grad=True)
-info_nce(a[:64], b[:64], s).backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-info_nce(a, b, s).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout) / 1024 < 60  # MiB: a few tiles of 4 MiB and the allocator
-
-
 @pytest.mark.parametrize(("a", "b"), [((3, 2), (4, 2)), ((3,), (3,)), ((3, 2), (3, 5))])
 def test_shapes_that_are_not_pairs_are_refused(a, b):
     with pytest.raises(ValueError, match="expected two matrices of one shape"):
         info_nce(torch.zeros(a), torch.zeros(b), 1.0)
+
+
+def test_no_pairs_at_all_are_refused():
+    with pytest.raises(ValueError, match="no pairs at all"):
+        info_nce(torch.zeros(0, 3), torch.zeros(0, 3), 1.0)
 
 
 def test_open_clip_loss_equals_ours_in_one_process():

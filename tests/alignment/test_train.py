@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from brainfusion.alignment import AlignConfig, AlignmentModel, load, train
-from brainfusion.alignment.train import batch_rows, effective_rank, pair_auc
+from brainfusion.alignment.batches import batch_rows
+from brainfusion.alignment.validation import effective_rank, pair_auc
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import CheckpointError, UserError
@@ -16,8 +17,10 @@ from tests.alignment.gene_cohort import gene_cohort
 from tests.ranks import run_ranks
 
 TINY = AlignConfig(
-    dim_hidden=32, dim_out=16, n_components=0, max_steps=12, eval_every=3, warmup_steps=2
-)
+    dim_hidden=32, dim_out=16, n_components=0, max_steps=12, eval_every=3, warmup_steps=2,
+    init="random", score="cosine",
+)  # fmt: skip
+CLOSED = replace(TINY, init="rcca", score="density-ratio")
 
 
 def cohort(
@@ -72,6 +75,14 @@ def test_a_run_folder_holds_config_metrics_summary_and_model(tmp_path):
     for row in rows:
         assert row["loss_over_log_n"] == pytest.approx(row["loss"] / np.log(200))
         assert 1.0 <= row["logit_scale"] <= 100.0
+        assert row["logit_scale_bounds"] == [1.0, 100.0]
+        assert row["pairs_per_s"] > 0
+        assert 0 <= row["lr"] <= TINY.lr
+    for row in looks:
+        assert 0 < row["validation_alignment"] < 4
+        assert -8 < row["validation_uniformity"] < 0
+        assert row["validation_information"] < np.log(40)
+        assert 1 <= row["effective_rank"] <= 16
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["validation_auc"] == max(row["validation_auc"] for row in looks)
     assert (summary["n_train"], summary["n_validation"], summary["n_test"]) == (200, 40, 160)
@@ -167,7 +178,7 @@ def test_a_loss_that_never_leaves_log_n_is_said_plainly(tmp_path, capsys):
     [
         (lambda f, y: f["dna"].__setitem__((3, 2), np.nan), "NaN or infinite values in 1 of 400"),
         (lambda f, y: f.update(dna=f["dna"][:-1]), "expected one row for each of the 400 labels"),
-        (lambda f, y: f.update(third=f["dna"]), "3 modalities: expected two"),
+        (lambda f, y: f.pop("dna"), "1 modalities: expected two or more"),
         (lambda f, y: y.__setitem__(0, "trian"), "label 'trian'"),
         (lambda f, y: y.__setitem__(slice(200, 240), ["test"] * 40), "0 validation people"),
         (lambda f, y: f["dna"].fill(1.0), "columns are constant"),
@@ -240,37 +251,52 @@ def test_ranks_share_a_batch_without_overlap_and_each_epoch_sees_everyone_once(s
     config = replace(TINY, batch_size=size)
     seen = []
     for step in range(1, 1 + 40 // (size or 40) if size < 40 else 2):
-        alone = batch_rows(40, step, config, Ranks())
-        parts = [batch_rows(40, step, config, Ranks(rank=r, world_size=3)) for r in range(3)]
-        assert sorted(np.concatenate(parts)) == sorted(alone)
-        seen += list(alone)
+        np.testing.assert_array_equal(
+            batch_rows(40, step, config), batch_rows(40, step, config, world_size=3)
+        )
+        seen += list(batch_rows(40, step, config))
     assert sorted(seen) == list(range(40))
 
 
 def test_open_clip_batches_are_equal_on_all_ranks():
     config = replace(TINY, loss="clip")
-    parts = [batch_rows(41, 3, config, Ranks(rank=r, world_size=4)) for r in range(4)]
-    assert {len(part) for part in parts} == {10}
+    assert len(batch_rows(41, 3, config, world_size=4)) == 40
 
 
 def two_process_runs() -> dict[str, tuple[dict[str, Any], list[str], AlignConfig]]:
     """What two processes have to train like one: features, labels and config."""
     features, labels = cohort(n=90)
-    config = replace(TINY, dropout=0.0, patience=50)
+    config = replace(TINY, dropout=0.3, patience=50)
     genes = gene_cohort(n=150, models=("evo2", "caduceus"), missing=0.1)
     pooled = replace(config, dna_pool="attention", gene_components=5, gene_width=16)
     return {
         "whole": (features, labels, config),
-        "batches": (features, labels, replace(config, batch_size=15)),
+        "batches": (features, labels, replace(config, batch_size=15, exchange="ring")),
+        "closed form": (features, labels, replace(config, init="rcca", batch_size=15)),
         "genes": (genes.features, genes.labels, replace(pooled, batch_size=15)),
+        "three": (lacking(features), labels, replace(config, batch_size=15)),
+    }
+
+
+def lacking(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Two DNA modalities, of which a third of the people lack one, with rows of NaN."""
+    other = features["dna"] * np.where(np.arange(len(features["dna"])) % 3, 1.0, np.nan)[:, None]
+    return {"brain": features["brain"], "dna_one": features["dna"], "dna_other": other}
+
+
+def who_has(features: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        name: np.isfinite(x).all(axis=1)
+        for name, x in features.items()
+        if isinstance(x, np.ndarray)
     }
 
 
 def two_process_run(rank: int, world_size: int, folder: str) -> list[dict[str, Any]]:
     ranks = Ranks(rank=rank, world_size=world_size)
     for name, (features, labels, config) in two_process_runs().items():
-        run_dir = Path(folder) / f"{name}-{world_size}"
-        train(features, labels, config=config, run_dir=run_dir, ranks=ranks)
+        run_dir, has = Path(folder) / f"{name}-{world_size}", who_has(features)
+        train(features, labels, config=config, run_dir=run_dir, ranks=ranks, present=has)
     return []
 
 
@@ -290,8 +316,9 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
             # float32 sums in another order
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
             assert b["logit_scale"] == pytest.approx(a["logit_scale"], rel=1e-4)
-        for side in ("brain", "dna"):
-            rows = [load(tmp_path / f"{name}-{n}").embed(side, features[side]) for n in (1, 2)]
+        for side, x in features.items():
+            own = x[who_has(features)[side]] if isinstance(x, np.ndarray) else x
+            rows = [load(tmp_path / f"{name}-{n}").embed(side, own) for n in (1, 2)]
             np.testing.assert_allclose(rows[0], rows[1], atol=1e-4)
     genes = gene_cohort(n=150, models=("evo2", "caduceus"), missing=0.1).genes
     shares = [load(tmp_path / f"genes-{n}").gene_weights(genes).share for n in (1, 2)]

@@ -632,10 +632,17 @@ def test_a_failed_alignment_leaves_the_earlier_one(site, call, monkeypatch):
     def fail(path, *args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(align, "write_features", fail)
-    error = call("align", "--max-steps", 2, *site.place).error
-    assert "No space left on device" in error
-    assert tree(site.workspace) == before
+    with monkeypatch.context() as patched:
+        patched.setattr(align, "write_features", fail)
+        said = call("align", "--max-steps", 2, *site.place)
+    assert "No space left on device" in said.error
+    parts = "align/.brainjepa-evo2-parts"
+    assert f"the same command goes on from the checkpoints in {site.workspace / parts}" in said.err
+    left = {name: size for name, size in tree(site.workspace).items() if name not in before}
+    assert left.keys() >= {f"{parts}/checkpoints/step-0000002/{n}" for n in ("state.json",)}
+    assert all(name.startswith(parts) for name in left)
+    assert tree(site.workspace) == {**before, **left}
+    shutil.rmtree(site.workspace / parts)
 
 
 def test_an_interrupted_command_says_so_and_leaves_nothing(call, monkeypatch, tmp_path):

@@ -39,9 +39,9 @@ def two(site, tmp_path_factory):
     return type(site)(root / "cohort", root / "work")
 
 
-def test_two_dna_models_make_one_dna_side_through_every_command(two, done):
+def test_two_dna_models_make_one_modality_through_every_command(two, done):
     # The order in which they are typed does not matter.
-    pair = ("--brain", "brainlm", "--dna", "caduceus", "evo2", *two.place)
+    pair = ("--brain", "brainlm", "--dna", "caduceus+evo2", *two.place)
     said = done("align", "--max-steps", 5, "--dna-pool", "attention", *pair)
     assert "120 people with evo2 embeddings, 110 people with caduceus embeddings; 110 have" in (
         said.err
@@ -55,7 +55,7 @@ def test_two_dna_models_make_one_dna_side_through_every_command(two, done):
     assert steps["with evo2 embeddings"] == 120
     assert steps["with caduceus embeddings"] == steps["with both: pairs"] == 110
 
-    again = ("--brain", "brainlm", "--dna", "evo2", "caduceus", *two.place)
+    again = ("--brain", "brainlm", "--dna", "evo2+caduceus", *two.place)
     done("retrieve", *BRIEF, *again)
     done("probe", "--targets", "age", *BRIEF, *again)
     done("report", *again)
@@ -128,7 +128,9 @@ def test_no_subject_id_is_in_the_table_of_genes(two, done):
         (("evo2", "evo2"), "--dna names evo2 twice: expected each model once"),
         (("evo2", "evo3"), "unknown DNA model 'evo3'. Did you mean 'evo2'?"),
         ((), "--dna names no model: expected one or several, such as evo2 caduceus"),
-        (("evo2+caduceus",), "unknown DNA model 'evo2+caduceus'"),
+        (("evo2+evo2",), "--dna names evo2 twice: expected each model once"),
+        (("evo2", "caduceus+evo2"), "--dna names evo2 twice: expected each model once"),
+        (("evo2+",), "unknown DNA model ''"),
     ],
 )
 def test_a_dna_side_that_there_is_not_is_refused(two, call, command, words, message):
@@ -142,13 +144,16 @@ def test_a_pool_that_there_is_not_names_those_that_there_are(two, call):
 
 
 def test_an_alignment_of_two_models_that_is_not_there_names_its_command(two, call):
-    error = call("retrieve", "--brain", "brainjepa", "--dna", "caduceus", "evo2", *two.place).error
+    error = call("retrieve", "--brain", "brainjepa", "--dna", "caduceus+evo2", *two.place).error
     assert "brainjepa-evo2+caduceus does not exist" in error
-    assert "brainfusion align --brain brainjepa --dna evo2 caduceus" in error
+    assert "brainfusion align --brain brainjepa --dna evo2+caduceus" in error
 
 
-def test_models_stand_in_one_order_however_they_are_typed():
+def test_modalities_stand_in_one_order_however_they_are_typed():
     assert dna_models(["caduceus", "evo2"]) == dna_models(["evo2", "caduceus"])
+    assert dna_models(["caduceus", "evo2"]) == dna_models(["evo2,caduceus"]) != ("evo2+caduceus",)
+    assert dna_models(["caduceus+evo2"]) == dna_models(["evo2+caduceus"]) == ("evo2+caduceus",)
+    assert dna_models(["generator", "caduceus+evo2"]) == ("evo2+caduceus", "generator")
 
 
 def test_both_haplotypes_are_combined_as_asked_and_scored_the_same_way(

@@ -8,8 +8,8 @@ import pytest
 
 from brainfusion.alignment import GeneArray, GeneVectors
 from brainfusion.cli import retrieve
-from brainfusion.cli.align import shuffled
-from brainfusion.cli.pairs import Pairs
+from brainfusion.cli.align import shuffled, shuffled_order
+from brainfusion.cli.modalities import Modalities
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import read_features, write_features
 from brainfusion.runtime.files import read_json
@@ -279,20 +279,41 @@ def test_an_earlier_runs_config_gives_the_same_alignment(site, done, tmp_path):
     assert not (tmp_path / "again" / "control").exists()
 
 
-def test_the_control_pairs_people_with_others_of_the_same_split():
-    n = 40
+def some_people(n=40):
+    """A modality a side, which say the row that they are of."""
     labels = ["train"] * 25 + ["validation"] * 5 + ["test"] * 10
-    dna = np.arange(n, dtype=np.float32)[:, None]
-    people = pl.DataFrame({"subject": [f"p{i}" for i in range(n)]})
-    vectors = GeneArray(genes=("one",), vectors=dna[:, None], mask=np.ones((n, 1), dtype=bool))
-    genes = GeneVectors.of({"evo2": vectors})
-    pairs = Pairs(
-        people=people, brain=dna, genes=genes, labels=labels, provenance={}, flow=[], rows=[]
+    row = np.arange(n, dtype=np.float32)[:, None]
+    vectors = GeneArray(genes=("one",), vectors=row[:, None], mask=np.ones((n, 1), dtype=bool))
+    return Modalities(
+        people=pl.DataFrame(
+            {"subject": [f"p{i}" for i in range(n)], "site": ["A", "B"] * (n // 2)}
+        ),
+        brain={"brain": row},
+        dna={"dna": GeneVectors.of({"evo2": vectors})},
+        present={"brain": np.ones(n, dtype=bool), "dna": np.arange(n) % 5 > 0},
+        labels=labels,
+        provenance={},
+        flow=[],
     )
-    control = shuffled(pairs, seed=0)
-    assert control.labels == labels
-    assert control.brain is pairs.brain
-    order = control.dna[:, 0].astype(int)
-    assert sorted(order) == list(range(n))
-    assert [labels[i] for i in order] == labels
-    assert np.mean(order == np.arange(n)) < 0.2
+
+
+def test_the_control_pairs_people_with_others_of_the_same_split():
+    people = some_people()
+    order = shuffled_order(people, seed=0)
+    control = shuffled(people, order)
+    assert control.labels == people.labels
+    assert control.brain is people.brain
+    assert sorted(order) == list(range(40))
+    assert [people.labels[i] for i in order] == people.labels
+    assert np.mean(order == np.arange(40)) < 0.2
+    moved = control.dna["dna"].concatenated(known_from=np.arange(25))[:, 0].astype(int)
+    np.testing.assert_array_equal(moved, order)
+    # Who has no DNA goes with the DNA.
+    np.testing.assert_array_equal(control.present["dna"], order % 5 > 0)
+    assert control.present["brain"].all()
+
+
+def test_the_control_of_a_run_within_sites_stays_within_them():
+    order = shuffled_order(some_people(), seed=0, within_site=True)
+    np.testing.assert_array_equal(order % 2, np.arange(40) % 2)
+    assert np.mean(order == np.arange(40)) < 0.3

@@ -387,7 +387,7 @@ def test_features_do_not_depend_on_batch_order_or_call(
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(products, "onednn_is_faster", lambda: onednn)
-        for name in ("MIN_LINEAR", "MIN_ATTENTION", "MIN_QUERIES", "MIN_HEAD_WIDTH"):
+        for name in ("MIN_LINEAR", "MIN_TRAINED", "MIN_ATTENTION", "MIN_QUERIES", "MIN_HEAD_WIDTH"):
             patch.setattr(products, name, 0)
         whole = encode(bold)
         assert torch.equal(encode(bold), whole)

@@ -45,7 +45,12 @@ from tests.encoders.tiny_cohort import (
 
 MODELS = ("brainlm", "brainjepa")
 DIAGNOSED = {
-    "brainlm": {"masked_r2", "interpolation_r2", "r2_over_interpolation"},
+    "brainlm": {
+        "masked_r2",
+        "interpolation_r2",
+        "neighbours_r2",
+        "r2_over_interpolation",
+    },
     "brainjepa": {"loss_of_mean_target"},
 }
 SPREAD = {"target_std", "feature_std", "effective_rank"}

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from brainfusion.data.cohort import Cohort
-from brainfusion.data.conditioning import InputConditioning
+from brainfusion.data.standardise import Standardiser
 from brainfusion.encoders import pretrain, pretrain_inputs
 from brainfusion.encoders.pretrain_config import DataConfig
 from brainfusion.runtime import checkpoint
@@ -31,18 +31,17 @@ def float64() -> Iterator[None]:
     """Train in float64. In float32 Adam turns rounding of gradients that are zero, those of key
     biases, into steps as large as any other, and weights could be compared only to the size of
     the learning rate."""
-    objective_for, prepare = pretrain.objective_for, InputConditioning.prepare
+    objective_for, transform = pretrain.objective_for, Standardiser.transform
 
     def double(*args: Any, **kwargs: Any) -> Any:
         return objective_for(*args, **kwargs).double()
 
+    def scaled(self: Standardiser, bold: np.ndarray, **kwargs: Any) -> np.ndarray:
+        return transform(self, bold, **kwargs).astype(np.float64)
+
     with (
         mock.patch.object(pretrain, "objective_for", double),
-        mock.patch.object(
-            InputConditioning,
-            "prepare",
-            lambda self, x, *, tr_s: prepare(self, x, tr_s=tr_s).astype(np.float64),
-        ),
+        mock.patch.object(Standardiser, "transform", scaled),
     ):
         yield
 

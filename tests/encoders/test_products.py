@@ -28,7 +28,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         monkeypatch.setattr(products, name, counted)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    for name in ("MIN_LINEAR", "MIN_ATTENTION", "MIN_QUERIES", "MIN_HEAD_WIDTH"):
+    for name in ("MIN_LINEAR", "MIN_TRAINED", "MIN_ATTENTION", "MIN_QUERIES", "MIN_HEAD_WIDTH"):
         monkeypatch.setattr(products, name, 0)
     torch.manual_seed(0)
     return ran

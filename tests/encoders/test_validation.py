@@ -12,7 +12,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
 from brainfusion.data.cohort import Cohort
 from brainfusion.encoders import online_probe
-from brainfusion.encoders.objectives import interpolated
+from brainfusion.encoders.objectives import N_NEIGHBOURS, from_neighbours, interpolated
 from brainfusion.encoders.online_probe import score
 from brainfusion.encoders.pretrain import pretrain
 from brainfusion.encoders.pretrain_config import DataConfig
@@ -20,7 +20,14 @@ from brainfusion.encoders.validation import collapse_alarm, spread_of
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.logs import read_metrics
-from tests.encoders.tiny_cohort import IMAGE, N_PARCELS, N_TRS, settings, tiny_cohort
+from tests.encoders.tiny_cohort import (
+    IMAGE,
+    N_PARCELS,
+    N_TRS,
+    XYZ_MM,
+    settings,
+    tiny_cohort,
+)
 
 # -- interpolation ---------------------------------------------------------------------------------
 
@@ -50,6 +57,35 @@ def test_a_straight_line_is_interpolated_without_error():
     hidden = torch.zeros(1, 2, 32, dtype=torch.bool)
     hidden[..., 8:16] = True
     torch.testing.assert_close(interpolated(bold, hidden), bold)
+
+
+def test_neighbours_are_the_nearest_visible_parcels_weighted_by_distance():
+    """Against a loop; one window hides all of a time, one leaves three parcels of it."""
+    rng = np.random.default_rng(1)
+    xyz = rng.uniform(-60, 60, size=(14, 3))
+    patches = rng.normal(size=(3, 14, 4, 6))
+    hidden = rng.random((3, 14, 4)) < 0.3
+    hidden[0, :, 1] = True
+    hidden[1, :11, 2], hidden[1, 11:, 2] = True, False
+    expected = []
+    for b, p, m in np.argwhere(hidden):
+        visible = [q for q in range(14) if not hidden[b, q, m]]
+        visible.sort(key=lambda q, p=p: np.linalg.norm(xyz[q] - xyz[p]))
+        chosen = visible[:N_NEIGHBOURS]
+        weights = [np.sum((xyz[q] - xyz[p]) ** 2) ** -1.0 for q in chosen]
+        if chosen:
+            expected.append(np.average(patches[b, chosen, m], axis=0, weights=weights))
+        else:
+            expected.append(np.full(6, patches[b][~hidden[b]].mean()))
+    found = from_neighbours(*map(torch.from_numpy, (patches, hidden, xyz)))
+    torch.testing.assert_close(found, torch.from_numpy(np.stack(expected)), rtol=1e-9, atol=1e-9)
+
+
+def test_parcels_that_lie_in_one_place_are_averaged():
+    patches = torch.arange(3.0).view(1, 3, 1, 1)
+    hidden = torch.tensor([True, False, False]).view(1, 3, 1)
+    found = from_neighbours(patches, hidden, torch.zeros(3, 3))
+    torch.testing.assert_close(found, torch.tensor([[1.5]]))
 
 
 # -- spread and collapse ---------------------------------------------------------------------------
@@ -175,8 +211,8 @@ def test_a_run_probes_age_and_sex_at_the_start_every_so_often_and_at_the_end(
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4, 5]
     for row in rows:
-        assert row["probe_age"] > 0.5
-        assert row["probe_sex"] > 0.6
+        assert row["probe_age_r"] > 0.5
+        assert row["probe_sex_auc"] > 0.6
 
 
 def test_columns_that_cannot_be_probed(people, tmp_path, capsys):
@@ -209,6 +245,11 @@ def test_brainlm_leaves_a_reconstruction_and_its_figures_agree_with_it(tmp_path)
     guess = interpolated(torch.from_numpy(signal[None]), torch.from_numpy(hidden[None]))[0].numpy()
     of_guess = np.square(guess[hidden] - truth).sum()
     assert row["interpolation_r2"] == pytest.approx(1 - of_guess / spread, abs=1e-5)
+    patches = torch.from_numpy(signal).unflatten(-1, (-1, 16))[None]
+    shut = torch.from_numpy(hidden[None, :, ::16])
+    near = from_neighbours(patches, shut, torch.from_numpy(XYZ_MM)).numpy()
+    of_near = np.square(near - patches[shut].numpy()).sum()
+    assert row["neighbours_r2"] == pytest.approx(1 - of_near / spread, abs=1e-5)
     assert row["r2_over_interpolation"] == pytest.approx(1 - error / of_guess, abs=1e-5)
     assert row["target_std"] == pytest.approx(truth.std(), rel=1e-5)
 

@@ -1,6 +1,8 @@
 import numpy as np
+import polars as pl
 import pytest
 
+from brainfusion.data.oracle import inner_product_form
 from brainfusion.eval import index as module
 from brainfusion.eval.index import RetrievalIndex
 from brainfusion.runtime.errors import UserError
@@ -92,6 +94,99 @@ def test_quantised_index_reports_its_measured_recall(tmp_path, capsys, monkeypat
     loaded.add(gallery(1, dim=8, seed=9)[0], ["new"])
     assert loaded.query(gallery(1, dim=8, seed=9)[0], k=1)[0].id == "new"
     assert "ivfpq over 2,001 vectors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw", "ivfpq"])
+def test_a_search_narrowed_by_covariates_is_exact_in_every_kind(
+    tmp_path, kind, monkeypatch
+) -> None:
+    monkeypatch.setattr(module, "MIN_IVFPQ", 1_000)
+    vectors, ids = gallery(1_000, dim=8)
+    site = [("A", "B", "C", None)[i % 4] for i in range(1_000)]
+    about = pl.DataFrame({"site": site, "wave": [i % 2 + 1 for i in range(1_000)]})
+    built = RetrievalIndex.build(vectors, ids, kind=kind, about=about)
+    built.save(tmp_path / "index")
+    index = RetrievalIndex.load(tmp_path / "index")
+    assert index.about.equals(about)
+    queries = gallery(3, dim=8, seed=5)[0]
+    stored = vectors.astype(np.float16) if kind == "ivfpq" else vectors
+    scores = queries @ stored.astype(np.float32).T
+    even = np.array(["0", "2", "4", "6", "8"])
+    for mask, narrowed in (
+        (np.array([s == "B" for s in site]), {"where": {"site": "B"}}),
+        (np.array([s in "AC" for s in map(str, site)]), {"where": {"site": ["A", "C"], "wave": 1}}),
+        (np.arange(1_000) < 4, {"among": ids[:4]}),
+        (np.array([i[-1] in even for i in ids]), {"among": np.arange(1_000) % 2 == 0}),
+        (np.arange(1_000) == 1, {"among": ids[:4], "where": {"site": "B"}}),
+    ):
+        allowed = np.flatnonzero(mask)
+        expected = [ids[j] for s in scores for j in allowed[np.argsort(-s[allowed])[:6]]]
+        assert [row.id for row in index.query(queries, k=6, **narrowed)] == expected
+
+
+def test_what_cannot_be_narrowed_is_one_clear_line() -> None:
+    vectors, ids = gallery(6)
+    index = RetrievalIndex.build(vectors, ids, about={"site": list("ABABAB"), "wave": [1] * 6})
+    for how, message in (
+        ({"where": {"stie": "A"}}, "no 'stie' of its entries. Did you mean 'site'"),
+        ({"where": {"site": "D"}}, "no entry has site 'D'"),
+        ({"where": {"wave": 2}}, "no entry has wave '2'"),
+        ({"among": ["0001", "x", "y"]}, "2 of 3 ids"),
+        ({"among": np.ones(5, bool)}, "each of the 6 entries"),
+        ({"among": np.zeros(6, bool)}, "none of the 6 entries is left"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            index.query(vectors[0], **how)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="2 values for 6 vectors"):
+        RetrievalIndex.build(vectors, ids, about={"site": ["A", "B"]})
+    with pytest.raises(UserError, match="column 'id'"):
+        RetrievalIndex.build(vectors, ids, about={"id": ids})
+    with pytest.raises(
+        UserError, match="knows site, wave of its entries but the new ones come with"
+    ):
+        index.add(gallery(1, seed=3)[0], ["new"])
+    index.add(gallery(1, seed=3)[0], ["new"], about={"wave": [2], "site": ["D"]})
+    assert index.query(vectors[0], where={"site": "D"})[0].id == "new"
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_an_index_of_score_vectors_of_unequal_norm_still_finds_the_nearest(
+    tmp_path, kind, monkeypatch
+) -> None:
+    # The vectors of a log density ratio: a plain graph finds under half of the nearest here.
+    monkeypatch.setattr(module, "MIN_IVFPQ", 1_000)
+    rng = np.random.default_rng(0)
+    rho = np.full(48, 0.6)
+    u = rng.standard_normal((3_000, 48))
+    v = rho * u + np.sqrt(1 - rho**2) * rng.standard_normal(u.shape)
+    queries, entries = inner_product_form(u, v, rho)
+    ids = [str(i) for i in range(3_000)]
+    index = RetrievalIndex.build(entries, ids, kind=kind, queries=queries[:200])
+    assert index.recall_at_10 > {"hnsw": 0.9, "ivfpq": 0.55}[kind]
+    assert index.dim == entries.shape[1]
+    exact = RetrievalIndex.build(entries, ids, kind="exact")
+    index.save(tmp_path / "index")
+    for found in (index, RetrievalIndex.load(tmp_path / "index")):
+        ours = {(r.query, r.id): r.score for r in found.query(queries[:50])}
+        theirs = {(r.query, r.id): r.score for r in exact.query(queries[:50])}
+        both = ours.keys() & theirs.keys()
+        assert len(both) > {"hnsw": 450, "ivfpq": 270}[kind]
+        np.testing.assert_allclose([ours[x] for x in both], [theirs[x] for x in both], atol=0.05)
+    index.add(2 * entries[:5], [f"long {i}" for i in range(5)])
+    assert len(index) == 3_005
+
+
+def test_a_larger_gallery_becomes_quantised_and_the_thresholds_are_said(
+    monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(module, "EXACT_UP_TO", 500)
+    monkeypatch.setattr(module, "HNSW_UP_TO", 900)
+    monkeypatch.setattr(module, "MIN_IVFPQ", 900)
+    for n, kind in ((500, "exact"), (600, "hnsw"), (1_000, "ivfpq")):
+        assert RetrievalIndex.build(*gallery(n, dim=8)).kind == kind
+        said = capsys.readouterr().err
+        assert f"index: {kind} search over {n:,} entries (by size: exact up to 500, hnsw" in said
 
 
 def test_wrong_input_is_one_clear_line(tmp_path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from brainfusion.cli import main
-from brainfusion.eval.pretraining_run import alarms, interpolated_r2, read_run
+from brainfusion.eval.pretraining_run import alarms, interpolated_r2, probed, read_run
 from brainfusion.eval.report_pretraining import pretraining_page, status, write_pretraining_report
 from brainfusion.runtime.errors import UserError
 from tests.eval.test_report import check
@@ -31,10 +31,11 @@ def rows_of(n_steps: int = N_STEPS) -> list[dict]:
             row |= {"validation_loss": 1.01 - 0.4 * share, "masked_r2": -0.1 + 0.5 * share}
             row |= {
                 "interpolation_r2": 0.123,
+                "neighbours_r2": 0.353,
                 "target_std": 0.8,
                 "feature_std": 0.05 + 0.05 * share,
             }
-            row |= {"effective_rank": 9.0 + share, "probe_age": 0.1 + 0.21 * share}
+            row |= {"effective_rank": 9.0 + share, "probe_age_r": 0.1 + 0.21 * share}
         rows.append(row)
     return rows
 
@@ -98,11 +99,34 @@ def test_every_figure_is_there_and_has_an_alternative_text(text):
 def test_the_page_says_how_it_stands_beside_the_baselines(text):
     assert "Finished: 200 steps in 61 s; the validation loss fell from 1.01 to 0.610." in text
     assert (
-        "R2 0.40 on validation people (their mean: 0; linear interpolation in time: 0.12)" in text
-    )
-    assert "The online probe of age went from 0.10 to 0.31" in text
+        "R2 0.40 on validation people (their mean: 0; linear interpolation in time: 0.12; the "
+        "nearest visible parcels: 0.35)."
+    ) in text
+    assert "does not beat an average of the nearest" not in text
+    assert "The online probe of age (r) went from 0.10 to 0.31" in text
     assert "cohort site-a &middot; 700 training recordings &middot; 1,234,567 parameters" in text
     assert 'class="verdict found"' in text
+
+
+def test_an_encoder_that_neighbours_beat_is_said_to_be_one(tmp_path):
+    rows = [row | {"neighbours_r2": 0.41} if "masked_r2" in row else row for row in rows_of()]
+    said = status(read_run(save(tmp_path / "run", rows)))
+    assert any(
+        line.startswith("The encoder does not beat an average of the nearest") for line in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("probe_age_r", "age (r)"),
+        ("probe_sex_auc", "sex (AUC)"),
+        ("probe_reaction_time_r", "reaction_time (r)"),
+        ("probe_age", "age"),
+    ],
+)
+def test_a_probe_is_called_by_its_trait_and_measure(key, text):
+    assert probed(key) == text
 
 
 def test_first_and_last_figures_and_provenance_are_on_the_page(text):

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brainfusion.data.oracle import inner_product_form, pmi_scores
 from brainfusion.eval import retrieval
 from brainfusion.eval.retrieval import metrics_from_scores, retrieval_metrics, stratified_auc
 from brainfusion.eval.statistics import block_permutations
@@ -23,22 +25,33 @@ def tied_problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[list[in
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     top = draw(st.integers(0, 2))
     queries, gallery = rng.integers(-top, top + 1, (n, d)), rng.integers(-top, top + 1, (m, d))
-    size = draw(st.integers(1, 2))
-    return queries, gallery, [list(rng.choice(m, size, replace=False)) for _ in range(n)]
+    sizes = rng.integers(1, draw(st.integers(1, 3)) + 1, n)  # one positive, or up to three
+    return queries, gallery, [list(rng.choice(m, min(s, m - 1), replace=False)) for s in sizes]
 
 
-@settings(max_examples=120, deadline=None)
-@given(tied_problems(), st.sampled_from([1, 2, 3, 2048]), st.sampled_from(["f2", "f4", "f8"]))
+def as_given(values: np.ndarray, dtype: str) -> np.ndarray | torch.Tensor:
+    """The numbers as a caller may hold them."""
+    if dtype.startswith("torch"):
+        return torch.from_numpy(values).to(getattr(torch, dtype.removeprefix("torch.")))
+    return values.astype(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tied_problems(),
+    st.sampled_from([1, 2, 3, 2048]),
+    st.sampled_from(["f2", "f4", "f8", "torch.bfloat16", "torch.float32"]),
+)
 def test_metrics_equal_brute_force_with_ties_in_any_tile(problem, tile, dtype) -> None:
     queries, gallery, positives = problem
     scores = queries @ gallery.T
     turned = oracle.turned(positives, len(gallery))
     if any(len(own) == len(queries) for own in turned):
         return  # an entry that belongs to all queries has no negative
-    q, g = queries.astype(dtype), gallery.astype(dtype)
+    q, g = as_given(queries, dtype), as_given(gallery, dtype)
     for found in (
         retrieval_metrics(q, g, positives=positives, tile=tile),
-        metrics_from_scores(scores, positives=positives, tile=tile),
+        metrics_from_scores(as_given(scores, dtype), positives=positives, tile=tile),
     ):
         for direction, matrix, own in (
             ("query_to_gallery", scores, positives),
@@ -59,9 +72,13 @@ def test_a_collapsed_encoder_scores_chance() -> None:
             "mrr",
             "median_rank",
             "mean_rank",
+            "map",
         ):
             assert found[name] == pytest.approx(found[f"{name}_chance"])
         assert found["auc"] == 0.5 == found["chance"]
+        # How wide the ties are shows: all others are better, or none.
+        assert (found["auc_optimistic"], found["auc_pessimistic"]) == (1, 0)
+        assert (found["mean_rank_optimistic"], found["mean_rank_pessimistic"]) == (1, 40)
 
 
 def test_identical_vectors_tie_exactly_wherever_their_tiles_are() -> None:
@@ -81,6 +98,33 @@ def test_chance_levels_have_their_closed_forms() -> None:
     assert found["mean_rank_chance"] == pytest.approx(13)
     assert found["mrr_chance"] == pytest.approx((1 / np.arange(1, 26)).sum() / 25)
     assert (found["n_gallery"], found["n_queries"], found["unit"]) == (25, 25, "person")
+
+
+def test_map_is_the_mrr_for_one_positive_and_its_chance_level_that_of_random_scores() -> None:
+    one = retrieval_metrics(*coupled(40, 0.6))["query_to_gallery"]
+    for ending in ("", "_optimistic", "_pessimistic", "_chance"):
+        assert one[f"map{ending}"] == pytest.approx(one[f"mrr{ending}"])
+    rng = np.random.default_rng(0)
+    own = [[0, 1, 2], [3, 4], [5]]
+    drawn = [
+        metrics_from_scores(rng.standard_normal((3, 9)), positives=own)["query_to_gallery"]
+        for _ in range(3000)
+    ]
+    values = [row["map"] for row in drawn]
+    assert np.mean(values) == pytest.approx(
+        drawn[0]["map_chance"], abs=4 * np.std(values) / np.sqrt(3000)
+    )
+
+
+def test_vectors_are_taken_as_they_are_and_not_made_unit_norm() -> None:
+    u, v = coupled(80, 0.5, k=3)
+    rho = np.full(3, 0.5)
+    queries, entries = inner_product_form(u, v, rho)
+    found = retrieval_metrics(queries, entries)["query_to_gallery"]
+    exact = metrics_from_scores(pmi_scores(u, v, rho))["query_to_gallery"]
+    assert found["auc"] == pytest.approx(exact["auc"], abs=1e-4)
+    units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, entries)]
+    assert abs(retrieval_metrics(*units)["query_to_gallery"]["auc"] - found["auc"]) > 0.003
 
 
 def test_recall_beyond_the_gallery_is_certain() -> None:

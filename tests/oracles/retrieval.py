@@ -31,24 +31,54 @@ def query_auc(scores: np.ndarray, positives: Sequence[int]) -> float:
     return float(np.mean(wins))
 
 
+def average_precision(scores: np.ndarray, positives: Sequence[int]) -> dict[str, float]:
+    """Precision at the places of the positives: mean over the orders of equals, and its extremes.
+
+    Every order of equals that differs in where positives stand is written out and counted.
+    """
+    orders: list[tuple[bool, ...]] = [()]
+    for value in sorted(set(scores.tolist()), reverse=True):
+        level = [j for j in range(len(scores)) if scores[j] == value]
+        n_own = sum(j in positives for j in level)
+        places = combinations(range(len(level)), n_own)
+        marks = [tuple(i in place for i in range(len(level))) for place in places]
+        orders = [order + mark for order in orders for mark in marks]
+    precisions = []
+    for order in orders:
+        at = [sum(order[: i + 1]) / (i + 1) for i, own in enumerate(order) if own]
+        precisions.append(sum(at) / len(at))
+    return {
+        "map": float(np.mean(precisions)),
+        "map_optimistic": max(precisions),
+        "map_pessimistic": min(precisions),
+    }
+
+
 def metrics(scores: np.ndarray, positives: Sequence[Sequence[int]]) -> dict[str, float]:
-    """AUC, recall, ranks and MRR of one direction; queries without positives stay out."""
+    """Every metric of one direction by definition; queries without positives stay out."""
     rows = [(scores[i], list(p)) for i, p in enumerate(positives) if len(p)]
     ranks = [rank_distribution(row, own) for row, own in rows]
+    precision = [average_precision(row, own) for row, own in rows]
+    out = {name: float(np.mean([one[name] for one in precision])) for name in precision[0]}
+    # A hair for or against positives wins or loses their ties, and changes nothing else: tests have
+    # scores that differ by 1 or more.
+    for ending, hair in (("", 0.0), ("_optimistic", 0.25), ("_pessimistic", -0.25)):
+        moved = [(row + hair * np.isin(np.arange(len(row)), own), own) for row, own in rows]
+        out[f"auc{ending}"] = float(np.mean([query_auc(row, own) for row, own in moved]))
+    bounds = {"_optimistic": [min(one)[0] for one in ranks], "_pessimistic": []}
+    # All equals of the best positive that are negatives stand before it.
+    bounds["_pessimistic"] = [max(r for r, _ in one) for one in ranks]
+    for ending, best in bounds.items():
+        out[f"median_rank{ending}"] = float(np.median(best))
+        out[f"mean_rank{ending}"] = float(np.mean(best))
+        out[f"mrr{ending}"] = float(np.mean([1 / rank for rank in best]))
+        out |= {f"recall_at_{k}{ending}": float(np.mean(np.array(best) <= k)) for k in (1, 5, 10)}
     expected = [float(sum(r * w for r, w in distribution)) for distribution in ranks]
-    out = {
-        "auc": float(np.mean([query_auc(row, own) for row, own in rows])),
-        "median_rank": float(np.median(expected)),
-        "mean_rank": float(np.mean(expected)),
-        "mrr": float(np.mean([float(sum(w / r for r, w in one)) for one in ranks])),
-    }
+    out |= {"median_rank": float(np.median(expected)), "mean_rank": float(np.mean(expected))}
+    out["mrr"] = float(np.mean([float(sum(w / r for r, w in one)) for one in ranks]))
     for k in (1, 5, 10):
         hits = [float(sum(w for r, w in one if r <= k)) for one in ranks]
         out[f"recall_at_{k}"] = float(np.mean(hits))
-        out[f"recall_at_{k}_optimistic"] = float(np.mean([min(one)[0] <= k for one in ranks]))
-        # All equals of the best positive that are negatives stand before it.
-        last = [max(r for r, _ in one) for one in ranks]
-        out[f"recall_at_{k}_pessimistic"] = float(np.mean([rank <= k for rank in last]))
     return out
 
 

@@ -1,0 +1,305 @@
+"""Probes beside scikit-learn, and the CCA permutation test beside cca-zoo, in CPU seconds.
+
+Each measurement is a process of its own on one thread. Where a side would take hours, a few of its
+repetitions are measured and scaled, and the row says how many. Both sides of a case must agree
+(chosen penalties, predictions, log loss), or the case fails.
+
+a  100 targets, 20 penalties, 5 folds: RidgeProbe, and a GridSearchCV of Ridge for each target
+b  1,000 permutations of a target: ours nested, the penalty chosen again in each fold of each
+   permutation; permutation_test_score of Ridge with one penalty for all
+c  12 penalties, 5 folds: LogisticProbe, and a loop of LogisticRegression; columns of equal variance,
+   and of variances that fall as those of embeddings do
+d  CCA of two views: Wilks' lambda of 3 components, and cca-zoo's test (of an interpreter that has
+   it) or, without, a loop of whitening and SVD
+
+    python benchmarks/probes.py
+    python benchmarks/probes.py --cca-zoo venv/bin/python     # with cca-zoo installed there
+    python benchmarks/probes.py --quick                       # a small run of everything
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+N_FOLDS = 5
+RIDGE_GRID = np.logspace(-1, 5, 20)
+LOGISTIC_GRID = np.logspace(-1, 4.5, 12)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a run."""
+
+    n: int = 10_000
+    dim: int = 512
+    targets: int = 100
+    permutations: int = 1000
+    searches: int = 2
+    """Of 100, that scikit-learn does; the others are scaled."""
+    shuffles: int = 3
+    """Of 1,000, that permutation_test_score does."""
+    cca_ours: int = 100
+    cca_theirs: int = 5
+
+
+QUICK = Size(n=600, dim=24, targets=6, permutations=20, cca_ours=20, cca_theirs=3)
+
+
+def features(size: Size, *, falling: bool = False) -> np.ndarray:
+    x = np.random.default_rng(0).standard_normal((size.n, size.dim))
+    if falling:
+        rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((size.dim, size.dim)))[0]
+        x = (x * np.arange(1, size.dim + 1) ** -0.75) @ rotation
+    return x
+
+
+def targets(size: Size) -> np.ndarray:
+    rng = np.random.default_rng(2)
+    x = features(size)
+    signal = x @ rng.standard_normal((size.dim, size.targets)) / np.sqrt(size.dim)
+    return signal + rng.standard_normal(signal.shape) * rng.uniform(0.5, 5, size.targets)
+
+
+def labels(size: Size, *, falling: bool) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    x = features(size, falling=falling)
+    score = x @ rng.standard_normal(size.dim)
+    return score / score.std() + rng.logistic(size=size.n) > 0.5
+
+
+# -- cases: what is timed returns what both sides must agree on ------------------------------------
+
+
+def ridge_ours(size: Size) -> tuple[float, dict[str, Any], str]:
+    from brainfusion.eval.estimators import RidgeProbe
+
+    x, y = features(size), targets(size)
+    seconds, probe = timed(lambda: RidgeProbe(RIDGE_GRID, scaled=False).fit(x, y))
+    kept = slice(size.searches)
+    return seconds, {"penalty": probe.penalty_[kept], "predicted": probe.predict(x)[:, kept]}, ""
+
+
+def ridge_theirs(size: Size) -> tuple[float, dict[str, Any], str]:
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+
+    x, y = features(size), targets(size)
+    folds = PredefinedSplit(probe_folds(size))
+
+    def search(target: np.ndarray) -> Any:
+        scoring = "neg_mean_squared_error"
+        return GridSearchCV(Ridge(), {"alpha": RIDGE_GRID}, cv=folds, scoring=scoring).fit(x, target)
+
+    seconds, found = timed(lambda: [search(y[:, i]) for i in range(size.searches)])
+    agreed = {
+        "penalty": np.array([one.best_params_["alpha"] for one in found]),
+        "predicted": np.stack([one.predict(x) for one in found], axis=1),
+    }
+    scaled = f"{size.searches} of {size.targets} targets measured"
+    return seconds * size.targets / size.searches, agreed, scaled
+
+
+def permutations_ours(size: Size) -> tuple[float, dict[str, Any], str]:
+    import polars as pl
+
+    from brainfusion.eval.probes import probe
+
+    x, people = features(size), pl.DataFrame({"y": targets(size)[:, 0]})
+    about = {"n_permutations": size.permutations, "n_bootstrap": 0, "penalties": RIDGE_GRID}
+    seconds, table = timed(lambda: probe(x, people, ["y"], confounds=[], **about))
+    return seconds, {"p": np.array(table["p_value"][0])}, ""
+
+
+def permutations_theirs(size: Size) -> tuple[float, dict[str, Any], str]:
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import PredefinedSplit, permutation_test_score
+
+    x, y = features(size), targets(size)[:, 0]
+    folds = PredefinedSplit(probe_folds(size))
+    about = {"cv": folds, "scoring": "r2", "n_permutations": size.shuffles}
+    seconds, _ = timed(lambda: permutation_test_score(Ridge(alpha=1000.0), x, y, **about))
+    scaled = f"{size.shuffles} of {size.permutations} permutations measured"
+    # One more fit than permutations: the true labels.
+    p = np.array(1 / (1 + size.permutations))
+    return seconds * (size.permutations + 1) / (size.shuffles + 1), {"p": p}, scaled
+
+
+def logistic_ours(size: Size, *, falling: bool) -> tuple[float, dict[str, Any], str]:
+    from brainfusion.eval.estimators import LogisticProbe
+
+    x, y = features(size, falling=falling), labels(size, falling=falling)
+    seconds, probe = timed(lambda: LogisticProbe(LOGISTIC_GRID, scaled=False).fit(x, y))
+    return seconds, {"loss": probe.losses_}, "with the final fit on everyone"
+
+
+def logistic_theirs(size: Size, *, falling: bool) -> tuple[float, dict[str, Any], str]:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    x, y = features(size, falling=falling), labels(size, falling=falling)
+    folds = probe_folds(size, y)
+
+    def loop() -> np.ndarray:
+        loss = np.zeros(len(LOGISTIC_GRID))
+        for fold in range(N_FOLDS):
+            train, rows = folds != fold, folds == fold
+            for i, penalty in enumerate(LOGISTIC_GRID):
+                model = LogisticRegression(C=1 / penalty, max_iter=1000).fit(x[train], y[train])
+                loss[i] += log_loss(y[rows], model.predict_proba(x[rows])) / N_FOLDS
+        return loss
+
+    seconds, loss = timed(loop)
+    return seconds, {"loss": loss}, ""
+
+
+def views(size: Size) -> tuple[np.ndarray, np.ndarray]:
+    x, y = features(size), np.random.default_rng(4).standard_normal((size.n, size.dim))
+    return x, y + 0.3 * x
+
+
+def cca_ours(size: Size) -> tuple[float, dict[str, Any], str]:
+    from brainfusion.eval.cca_test import cca_test
+
+    x, y = views(size)
+    about = {"n_permutations": size.cca_ours, "n_folds": 0, "n_components": 3}
+    seconds, found = timed(lambda: cca_test(x, y, **about))
+    scaled = f"{size.cca_ours} of {size.permutations} permutations measured"
+    share = size.permutations / size.cca_ours
+    return seconds * share, {"correlation": found.correlations}, scaled
+
+
+def cca_theirs(size: Size) -> tuple[float, dict[str, Any], str]:
+    x, y = views(size)
+    count = size.cca_theirs
+    try:
+        from cca_zoo.linear import CCA  # pyright: ignore[reportMissingImports]
+        from cca_zoo.model_selection import (  # pyright: ignore[reportMissingImports]
+            permutation_test_significance,
+        )
+    except ImportError:
+        seconds, found = timed(lambda: plain_cca(x, y, count))
+        tool = "numpy loop"
+    else:
+        about = {"n_permutations": count, "random_state": 0}
+        seconds, result = timed(
+            lambda: permutation_test_significance(CCA(n_components=3), [x, y], **about)
+        )
+        found, tool = result.correlations, "cca-zoo"
+    scaled = f"{tool}, {count} of {size.permutations} permutations measured"
+    share = (size.permutations + 1) / (count + 1)
+    return seconds * share, {"correlation": np.asarray(found)}, scaled
+
+
+def plain_cca(x: np.ndarray, y: np.ndarray, n_permutations: int) -> np.ndarray:
+    """Canonical correlations, and those of permuted pairs: every one fitted from the views."""
+    rng, first = np.random.default_rng(0), np.empty(0)
+    for i in range(n_permutations + 1):
+        other = y if i == 0 else rng.permutation(y)
+        sides = [np.linalg.svd(v - v.mean(axis=0), full_matrices=False)[0] for v in (x, other)]
+        found = np.linalg.svd(sides[0].T @ sides[1], compute_uv=False)[:3]
+        first = found if i == 0 else first
+    return first
+
+
+CASES: dict[str, tuple[Callable[[Size], tuple[float, dict[str, Any], str]], ...]] = {
+    "a ridge, targets": (ridge_ours, ridge_theirs),
+    "b permutations": (permutations_ours, permutations_theirs),
+    "c logistic, equal variances": (
+        lambda size: logistic_ours(size, falling=False),
+        lambda size: logistic_theirs(size, falling=False),
+    ),
+    "c logistic, falling variances": (
+        lambda size: logistic_ours(size, falling=True),
+        lambda size: logistic_theirs(size, falling=True),
+    ),
+    "d CCA, permutations": (cca_ours, cca_theirs),
+}
+BARS = {"a": 100, "b": 30, "c": 6, "d": 5}
+TOLERANCE = {"penalty": 1e-12, "predicted": 1e-5, "p": 1e-12, "loss": 3e-4, "correlation": 1e-4}
+
+
+def probe_folds(size: Size, y: np.ndarray | None = None) -> np.ndarray:
+    """The folds that the estimators make."""
+    from brainfusion.eval.design import group_folds
+
+    hot = np.empty((size.n, 0)) if y is None else y[:, None].astype(float)
+    return group_folds(np.arange(size.n), N_FOLDS, balance=hot, seed=0)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of this process, and what came out."""
+    begin = time.process_time()
+    found = work()
+    return time.process_time() - begin, found
+
+
+def measure(python: str, case: str, side: int, quick: bool) -> dict[str, Any]:
+    """One side of one case, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.npz"
+        words = [python, __file__, "--case", case, "--side", str(side), "--out", str(out)]
+        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        done = subprocess.run(
+            [*words, "--quick"] if quick else words, env=os.environ | one, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        return json.loads(done.stdout.splitlines()[-1]) | {"found": dict(np.load(out))}
+
+
+def compare(case: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Both sides have to say the same."""
+    for name, value in ours["found"].items():
+        other, most = theirs["found"][name], TOLERANCE[name]
+        if not np.allclose(value, other, rtol=most, atol=most):
+            raise SystemExit(f"{case}: {name} differ: {value} and {other}.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--only", default="", help="the letters of the cases to run")
+    parser.add_argument("--cca-zoo", default=sys.executable, help="an interpreter with cca-zoo")
+    for name in ("--case", "--side", "--out"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    size = QUICK if options.quick else Size()
+    if options.case:
+        seconds, found, note = CASES[options.case][int(options.side)](size)
+        np.savez(options.out, **found)
+        print(json.dumps({"seconds": seconds, "note": note}))
+        return 0
+    print(f"n = {size.n:,}, d = {size.dim}; CPU seconds on one thread")
+    print(f"{'case':<30} {'ours':>8} {'theirs':>9} {'ratio':>7} {'bar':>5}  note")
+    for case in CASES:
+        if options.only and case[0] not in options.only:
+            continue
+        ours = measure(sys.executable, case, 0, options.quick)
+        other = options.cca_zoo if case[0] == "d" else sys.executable
+        theirs = measure(other, case, 1, options.quick)
+        compare(case, ours, theirs)
+        notes = [
+            f"{side}: {one['note']}"
+            for side, one in (("ours", ours), ("theirs", theirs))
+            if one["note"]
+        ]
+        ratio = theirs["seconds"] / ours["seconds"]
+        print(
+            f"{case:<30} {ours['seconds']:>8.2f} {theirs['seconds']:>9.1f} {ratio:>6.1f}x "
+            f"{BARS[case[0]]:>4}x  {'; '.join(notes)}",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
