@@ -1,14 +1,15 @@
 """Probes beside scikit-learn, and the CCA permutation test beside cca-zoo, in CPU seconds.
 
-Each measurement is a process of its own on one thread. Where a side would take hours, a few of its
+Each measurement is a process of its own on one thread, the least of three where it is quick. Where a side would take hours, a few of its
 repetitions are measured and scaled, and the row says how many. Both sides of a case must agree
 (chosen penalties, predictions, log loss), or the case fails.
 
 a  100 targets, 20 penalties, 5 folds: RidgeProbe, and a GridSearchCV of Ridge for each target
 b  1,000 permutations of a target: ours nested, the penalty chosen again in each fold of each
    permutation; permutation_test_score of Ridge with one penalty for all
-c  12 penalties, 5 folds: LogisticProbe, and a loop of LogisticRegression; columns of equal variance,
-   and of variances that fall as those of embeddings do
+c  12 penalties, 5 folds: LogisticProbe, and a loop of LogisticRegression with the loosest tolerance
+   at which the log losses are equal to 1e-4 nats; columns of equal variance, and of variances that
+   fall as those of embeddings do
 d  CCA of two views: Wilks' lambda of 3 components, and cca-zoo's test (of an interpreter that has
    it) or, without, a loop of whitening and SVD
 
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ import numpy as np
 
 N_FOLDS = 5
 RIDGE_GRID = np.logspace(-1, 5, 20)
-LOGISTIC_GRID = np.logspace(-1, 4.5, 12)
+LOGISTIC_GRID = np.logspace(-5, 6, 12)
+"""1 / C: a value a decade over the range in which DINOv2's probe looks."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ def ridge_theirs(size: Size) -> tuple[float, dict[str, Any], str]:
 
     def search(target: np.ndarray) -> Any:
         scoring = "neg_mean_squared_error"
-        return GridSearchCV(Ridge(), {"alpha": RIDGE_GRID}, cv=folds, scoring=scoring).fit(x, target)
+        return GridSearchCV(Ridge(), {"alpha": RIDGE_GRID}, cv=folds, scoring=scoring).fit(
+            x, target
+        )
 
     seconds, found = timed(lambda: [search(y[:, i]) for i in range(size.searches)])
     agreed = {
@@ -142,7 +147,9 @@ def logistic_ours(size: Size, *, falling: bool) -> tuple[float, dict[str, Any], 
     return seconds, {"loss": probe.losses_}, "with the final fit on everyone"
 
 
-def logistic_theirs(size: Size, *, falling: bool) -> tuple[float, dict[str, Any], str]:
+def logistic_theirs(
+    size: Size, *, falling: bool, tolerance: float
+) -> tuple[float, dict[str, Any], str]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
@@ -154,12 +161,13 @@ def logistic_theirs(size: Size, *, falling: bool) -> tuple[float, dict[str, Any]
         for fold in range(N_FOLDS):
             train, rows = folds != fold, folds == fold
             for i, penalty in enumerate(LOGISTIC_GRID):
-                model = LogisticRegression(C=1 / penalty, max_iter=1000).fit(x[train], y[train])
+                model = LogisticRegression(C=1 / penalty, tol=tolerance, max_iter=3000)
+                model.fit(x[train], y[train])
                 loss[i] += log_loss(y[rows], model.predict_proba(x[rows])) / N_FOLDS
         return loss
 
     seconds, loss = timed(loop)
-    return seconds, {"loss": loss}, ""
+    return seconds, {"loss": loss}, f"tol={tolerance:g}"
 
 
 def views(size: Size) -> tuple[np.ndarray, np.ndarray]:
@@ -211,21 +219,24 @@ def plain_cca(x: np.ndarray, y: np.ndarray, n_permutations: int) -> np.ndarray:
     return first
 
 
+TOLERANCES = (1e-4, 1e-5, 1e-6)
+"""Of LogisticRegression, its default first."""
+
 CASES: dict[str, tuple[Callable[[Size], tuple[float, dict[str, Any], str]], ...]] = {
     "a ridge, targets": (ridge_ours, ridge_theirs),
     "b permutations": (permutations_ours, permutations_theirs),
     "c logistic, equal variances": (
-        lambda size: logistic_ours(size, falling=False),
-        lambda size: logistic_theirs(size, falling=False),
+        partial(logistic_ours, falling=False),
+        *(partial(logistic_theirs, falling=False, tolerance=one) for one in TOLERANCES),
     ),
     "c logistic, falling variances": (
-        lambda size: logistic_ours(size, falling=True),
-        lambda size: logistic_theirs(size, falling=True),
+        partial(logistic_ours, falling=True),
+        *(partial(logistic_theirs, falling=True, tolerance=one) for one in TOLERANCES),
     ),
     "d CCA, permutations": (cca_ours, cca_theirs),
 }
 BARS = {"a": 100, "b": 30, "c": 6, "d": 5}
-TOLERANCE = {"penalty": 1e-12, "predicted": 1e-5, "p": 1e-12, "loss": 3e-4, "correlation": 1e-4}
+TOLERANCE = {"penalty": 1e-12, "predicted": 1e-5, "p": 1e-12, "loss": 1e-4, "correlation": 1e-4}
 
 
 def probe_folds(size: Size, y: np.ndarray | None = None) -> np.ndarray:
@@ -237,10 +248,13 @@ def probe_folds(size: Size, y: np.ndarray | None = None) -> np.ndarray:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of this process, and what came out."""
-    begin = time.process_time()
-    found = work()
-    return time.process_time() - begin, found
+    """CPU seconds of this process, and what came out; the least of three where it is quick."""
+    seconds, found = [], None
+    while not seconds or (len(seconds) < 3 and sum(seconds) < 10):
+        begin = time.process_time()
+        found = work()
+        seconds.append(time.process_time() - begin)
+    return min(seconds), found
 
 
 def measure(python: str, case: str, side: int, quick: bool) -> dict[str, Any]:
@@ -256,16 +270,18 @@ def measure(python: str, case: str, side: int, quick: bool) -> dict[str, Any]:
         return json.loads(done.stdout.splitlines()[-1]) | {"found": dict(np.load(out))}
 
 
-def compare(case: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Both sides have to say the same."""
-    for name, value in ours["found"].items():
-        other, most = theirs["found"][name], TOLERANCE[name]
-        if not np.allclose(value, other, rtol=most, atol=most):
-            raise SystemExit(f"{case}: {name} differ: {value} and {other}.")
+def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether both sides say the same."""
+    pairs = [
+        (ours["found"][name], theirs["found"][name], TOLERANCE[name]) for name in ours["found"]
+    ]
+    return all(np.allclose(a, b, rtol=most, atol=most) for a, b, most in pairs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--only", default="", help="the letters of the cases to run")
     parser.add_argument("--cca-zoo", default=sys.executable, help="an interpreter with cca-zoo")
@@ -285,8 +301,12 @@ def main(argv: list[str] | None = None) -> int:
             continue
         ours = measure(sys.executable, case, 0, options.quick)
         other = options.cca_zoo if case[0] == "d" else sys.executable
-        theirs = measure(other, case, 1, options.quick)
-        compare(case, ours, theirs)
+        for side in range(1, len(CASES[case])):
+            theirs = measure(other, case, side, options.quick)
+            if agree(ours, theirs):
+                break
+        else:
+            raise SystemExit(f"{case}: both sides differ: {ours['found']}, {theirs['found']}.")
         notes = [
             f"{side}: {one['note']}"
             for side, one in (("ours", ours), ("theirs", theirs))

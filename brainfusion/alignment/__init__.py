@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from brainfusion.alignment.gene_conditioning import GeneConditioner
     from brainfusion.alignment.gene_vectors import GeneArray, GeneVectors
     from brainfusion.alignment.genes import GeneTower
-    from brainfusion.alignment.losses import info_nce, open_clip_losses
+    from brainfusion.alignment.losses import contrastive_loss, info_nce, open_clip_losses
     from brainfusion.alignment.model import Alignment, AlignmentModel, GeneWeights, load
+    from brainfusion.alignment.pair_ids import PairIds
     from brainfusion.alignment.projector import Projector
     from brainfusion.alignment.train import TrainResult, train
 
@@ -29,8 +30,10 @@ _HOMES = {
     "GeneTower": "genes",
     "GeneVectors": "gene_vectors",
     "GeneWeights": "model",
+    "PairIds": "pair_ids",
     "Projector": "projector",
     "TrainResult": "train",
+    "contrastive_loss": "losses",
     "design_matrix": "conditioning",
     "info_nce": "losses",
     "load": "model",
@@ -48,8 +51,10 @@ __all__ = [
     "GeneTower",
     "GeneVectors",
     "GeneWeights",
+    "PairIds",
     "Projector",
     "TrainResult",
+    "contrastive_loss",
     "design_matrix",
     "info_nce",
     "load",

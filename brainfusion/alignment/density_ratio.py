@@ -33,11 +33,12 @@ _LEAST = 0.02
 """Correlation where nothing was found in validation people: scores keep an order, all near 0."""
 _PRIOR_PEOPLE = 20
 """Weight of training people, in people, in the mean and the variance of a variate."""
-_SCALES = np.geomspace(0.5, 200, 40)
-"""Of the cosine, to try."""
-_PARTS = 5
-"""Of the validation people: each is scored by what the others say."""
-_AT_MOST = 2000
+_LOG_SCALES = (-2.0, 6.0)
+"""Between which the scale of the cosine lies."""
+_PARTS = (5, 2)
+"""Of the validation people, where there are few and where there are 300 or more: each part is
+scored by what the others say."""
+_AT_MOST = 1000
 """Validation people who are scored with one another to choose."""
 
 
@@ -249,9 +250,19 @@ class _Cosine:
 
     def terms(self, people: np.ndarray) -> _Terms:
         """The scale with the greatest bound, and the constant that gives non-pairs a mean of 1."""
+        from scipy.optimize import minimize_scalar
+
         o = self.u.shape[1]
+        people = people[:_AT_MOST]
         cosine = self.u[people] @ self.v[people].T
-        scale = max(_SCALES, key=lambda scale: _gained(scale * cosine).mean())
+        # The bound is concave in the scale.
+        found = minimize_scalar(
+            lambda log_scale: -_gained(np.exp(log_scale) * cosine).mean(),
+            bounds=_LOG_SCALES,
+            method="bounded",
+            options={"xatol": 0.02},
+        )
+        scale = float(np.exp(found.x))
         away = scale * cosine[~np.eye(len(people), dtype=bool)]
         constant = -float(np.logaddexp.reduce(away) - np.log(len(away)))
         zero, one = np.zeros(o), np.ones(o)
@@ -292,7 +303,7 @@ def _log_sum_exp(scores: np.ndarray) -> np.ndarray:
 def _bound(way: _Normal | _Cosine) -> float:
     """Mean of `_gained` over validation people, each scored by terms from the other parts."""
     n = min(len(way.u), _AT_MOST)
-    parts = np.arange(n) % min(_PARTS, n // 2)
+    parts = np.arange(n) % min(_PARTS[int(n >= 300)], n // 2)
     total = 0.0
     for part in range(parts.max() + 1):
         t = way.terms(np.flatnonzero(parts != part))

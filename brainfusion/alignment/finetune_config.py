@@ -26,8 +26,8 @@ class FinetuneConfig:
     """The encoder's learning rate, as a share of the projectors'."""
     encoder_weight_decay: float = 0.01
     """Weight decay of the encoder's trained matrices; for LoRA, towards the pretrained weights."""
-    windows: int = 0
-    """Windows of a person's recordings in a step, drawn at random;
+    windows: int = 1
+    """Windows of a person's recordings in a step, drawn at random, which holds back overfitting;
     0: all of every recording, as 'brainfusion embed' sees them."""
     micro_batch: int = 16
     """People in the graph at a time, in each process: decides memory, and nothing else."""

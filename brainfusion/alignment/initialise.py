@@ -319,7 +319,7 @@ def _write(
     line = basis[:, :k] * np.sqrt(gain) / (_BEND * n_pairs)
     square = np.outer(basis[:, k + 1 + place], too_much) / (_SQUARE * n_pairs)
     given = np.concatenate(
-        [*[square + line, square - line] * n_pairs, np.zeros((len(bends), len(basis)))], axis=1
+        [*[square + line, square - line] * n_pairs, np.zeros((len(basis), len(bends)))], axis=1
     )
     level = basis[:, k] * math.sqrt(steady) - basis[:, k + 1 + place] * too_much.sum()
     others = [column for column in range(k + 1, basis.shape[1]) if column != k + 1 + place]

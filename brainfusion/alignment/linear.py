@@ -258,14 +258,14 @@ def _measured(
     model: LinearModel, training: Sequence[Tensor], validation: Sequence[Tensor]
 ) -> dict[str, float]:
     """What `train` measures of its best step, by the same names."""
-    (a, b), scale = validation, model.logit_scale
-    loss, log_n = float(info_nce(training[0], training[1], scale)), math.log(len(training[0]))
+    (a, b), scale, log_n = validation, model.logit_scale, math.log(len(training[0]))
+    loss = float(info_nce(training[0], training[1], scale, local=True))
     return {
         "loss": loss,
         "loss_over_log_n": loss / log_n,
         "log_n": log_n,
         "logit_scale": float(scale),
-        "validation_information": math.log(len(a)) - float(info_nce(a, b, scale)),
+        "validation_information": math.log(len(a)) - float(info_nce(a, b, scale, local=True)),
         "validation_alignment": float((a - b).square().sum(1).mean()),
         "validation_uniformity": (uniformity(a) + uniformity(b)) / 2,
         "effective_rank": (effective_rank(a) + effective_rank(b)) / 2,
@@ -303,7 +303,7 @@ def _set_scale(model: LinearModel, a: Tensor, b: Tensor) -> None:
     """The logit scale at which these people's loss is least, within its bounds."""
     low, high = model.settings["min_scale"], model.settings["max_scale"]
     scales = torch.from_numpy(np.geomspace(low, high, 25)).float()
-    losses = [float(info_nce(a, b, scale)) for scale in scales]
+    losses = [float(info_nce(a, b, scale, local=True)) for scale in scales]
     model.log_scale.copy_(scales[int(np.argmin(losses))].log())
 
 

@@ -259,9 +259,11 @@ def start(
             found.write(model)
     if ranks.world_size > 1:
         dist.broadcast_object_list(facts, src=0, device=ranks.device)
-        tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
-        for value in (*tensors, *model.state_dict().values()):
+        # Rows of one rank may lie in memory as columns of another: what is sent is contiguous.
+        tensors = {n: x.contiguous() for n, x in inputs.items() if isinstance(x, torch.Tensor)}
+        for value in (*tensors.values(), *model.state_dict().values()):
             dist.broadcast(value, src=0)
+        inputs |= tensors
     return dataclasses.replace(training, inputs=inputs), facts[0]
 
 

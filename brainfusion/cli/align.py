@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
                     if ranks.is_main:
                         say("control: the same with shuffled pairs")
                     order = shuffled_order(
-                        people, options.train.seed, within_site=options.negatives
+                        people, options.train.seed, within_site=options.negatives == "within-site"
                     )
                     _run(options, people, folder / "control", ranks, order=order)
         except Stopped as stop:

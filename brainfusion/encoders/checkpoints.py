@@ -1,5 +1,7 @@
 """Our checkpoints of encoders: built for a cohort, saved complete, loaded strictly."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +86,8 @@ def load_pretrained(path: Path, model: str | None = None, *, untrained: bool = F
         path: The folder.
         model: The encoder that is expected.
         untrained: Take the weights that the run started from, drawn again from its seed: the
-            baseline that its training has to beat.
+            baseline that its training has to beat. Recordings that the recipe enlarges for the
+            sake of training are fed as they are: an untrained encoder does better so.
 
     Raises:
         CheckpointError: It is absent, truncated, or of another model than `model`.
@@ -115,19 +118,37 @@ def load_pretrained(path: Path, model: str | None = None, *, untrained: bool = F
     # Brain-JEPA's gradient table is among the weights.
     module = encoders.build(state["model"], settings)
     load_into(module, folder)
+    conditioning = InputConditioning.from_dict(state["conditioning"])
     if untrained:
+        conditioning = _not_enlarged(conditioning)
         gradient = dict(module.named_buffers()).get("encoder.position.gradient")
         torch.manual_seed(state["config"]["run"]["seed"])
         module = encoders.build(state["model"], settings, gradient=gradient)
     return Pretrained(
         model=state["model"],
         module=module.eval(),
-        conditioning=InputConditioning.from_dict(state["conditioning"]),
+        conditioning=conditioning,
         atlas=Atlas.from_dict(state["atlas"]),
         state=state,
         path=folder,
         hash="untrained" if untrained else hash_file(folder / "model.safetensors"),
     )
+
+
+def _not_enlarged(conditioning: InputConditioning) -> InputConditioning:
+    """The same with `divide_by` at least 1."""
+    factor, statistics = conditioning.standardiser.divide_by, conditioning.statistics
+    if factor >= 1.0:
+        return conditioning
+    say(
+        f"the untrained encoder is fed recordings divided by 1, not by {factor:g} as in training: "
+        "a harder baseline, since enlarged inputs help training alone."
+    )
+    if statistics is not None:
+        mean = statistics.mean | {"log_sd": statistics.mean["log_sd"] + math.log(factor)}
+        statistics = dataclasses.replace(statistics, mean=mean)
+    standardiser = dataclasses.replace(conditioning.standardiser, divide_by=1.0)
+    return dataclasses.replace(conditioning, standardiser=standardiser, statistics=statistics)
 
 
 def _config_class(state: dict[str, Any]) -> type[Any]:

@@ -50,25 +50,29 @@ class FeatureSpace:
         """
         x = np.asarray(features, np.float64)
         x = x - x.mean(axis=0)
-        scale = np.sqrt((x**2).sum() / len(x))
-        self.x = x / scale if scale > 0 else x
+        self.scale = float(np.sqrt(np.einsum("nd,nd->", x, x) / len(x))) or 1.0
+        """What the features were divided by."""
+        x /= self.scale
+        self.x = x
         self.folds, self.n_folds = folds, int(folds.max()) + 1
         self.n_components = n_components
         n, d = x.shape
         self._wide = d > n
         self._learners = np.ones(n, bool)
-        self._gram = self.x @ self.x.T if self._wide else self._fold_grams()
+        self._gram: np.ndarray | None = None
 
     def among(self, learners: np.ndarray) -> "FeatureSpace":
         """The same people and features, where only some (bool [n]) are ever trained on."""
+        self._grams()
         other = copy(self)
         other._learners = learners
         if not self._wide:
-            other._gram = other._fold_grams()
+            other._gram = None
         return other
 
     def narrowed(self, n_components: int) -> "FeatureSpace":
         """The same, by the leading principal components of each training set."""
+        self._grams()
         other = copy(self)
         other.n_components = n_components
         return other
@@ -81,19 +85,33 @@ class FeatureSpace:
         """
         train = ~np.isin(self.folds, left_out) & self._learners
         if self._wide:
-            rows = self._gram[:, train]
+            rows = self._grams()[:, train]
             if self.n_components is not None:
                 rows = rows - rows.mean(axis=1, keepdims=True)
                 rows -= rows[train].mean(axis=0)
             values, vectors = self._leading(rows[train])
             return values, rows @ (vectors / np.sqrt(values))
         inside = [k for k in range(self.n_folds) if k not in left_out]
-        gram, x = self._gram[inside].sum(axis=0), self.x
+        gram, x = self._grams()[inside].sum(axis=0), self.x
         if self.n_components is not None:
             mean = x[train].mean(axis=0)
             gram, x = gram - train.sum() * np.outer(mean, mean), x - mean
         values, vectors = self._leading(gram)
         return values, x @ vectors
+
+    def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of everyone: eigenvalues [r], coordinates [n, r], and directions [d, r].
+
+        Features as they were given, less their mean, times directions are coordinates.
+        """
+        if self._wide:
+            gram = self._grams()
+            values, vectors = self._leading(gram)
+            vectors = vectors / np.sqrt(values)
+            return values, gram @ vectors, self.x.T @ vectors / self.scale
+        gram = self.x.T @ self.x if self._gram is None else self._gram.sum(axis=0)
+        values, vectors = self._leading(gram)
+        return values, self.x @ vectors, vectors / self.scale
 
     def _leading(self, gram: np.ndarray) -> Basis:
         values, vectors = np.linalg.eigh(gram)
@@ -102,9 +120,14 @@ class FeatureSpace:
             kept[: max(len(values) - self.n_components, 0)] = False
         return values[kept], vectors[:, kept]
 
-    def _fold_grams(self) -> np.ndarray:
-        parts = [self.x[(self.folds == k) & self._learners] for k in range(self.n_folds)]
-        return np.stack([part.T @ part for part in parts])
+    def _grams(self) -> np.ndarray:
+        """Of all people [n, n], or of the columns in each fold [k, d, d]; made when first asked."""
+        if self._gram is None and self._wide:
+            self._gram = self.x @ self.x.T
+        elif self._gram is None:
+            parts = [self.x[(self.folds == k) & self._learners] for k in range(self.n_folds)]
+            self._gram = np.stack([part.T @ part for part in parts])
+        return self._gram
 
 
 class RidgePath:

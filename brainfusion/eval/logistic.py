@@ -14,6 +14,7 @@ g columns of logits a model (1 for two classes), k folds.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,17 +41,24 @@ def logistic_fit(
     penalties: np.ndarray,
     *,
     n_classes: int = 2,
+    members: np.ndarray | None = None,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
     tolerance: float = 1e-9,
     max_steps: int = 1000,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Minimise sum log loss + penalty / 2 |weights|^2 for all models together.
 
+    Models of different people share their products: a bound for everyone is one for some.
+
     Args:
         eigenvalues: [r]; an upper bound of T'T in this basis is enough.
-        coordinates: Of the training people, columns of mean 0, [n, r]; float32 halves the time.
+        coordinates: Of the training people, [n, r]; float32 halves the time. Columns have mean 0,
+            unless `members` are given.
         labels: Class numbers [n, c].
         penalties: Of each model [c], 1 / C of scikit-learn.
         n_classes: Of every model.
+        members: bool [n, c], whom each model is fitted to; everyone if omitted.
+        start: Intercepts and weights to start from, as returned.
         tolerance: A model stops when its expected decrease is below this, in nats a person.
         max_steps: After which a model stops anyhow: without a minimum (separable classes and
             next to no penalty) the weights only grow.
@@ -60,24 +68,38 @@ def logistic_fit(
     """
     t, dtype = coordinates, coordinates.dtype
     n, c = labels.shape
-    g, bound_of_hessian = n_logits(n_classes), 4 if n_classes == 2 else 2
-    y = one_hot(labels, n_classes, dtype).reshape(n, c * g)
-    intercept = share_logits(y.reshape(n, c, g)).reshape(c * g).astype(dtype)
+    g, curve = n_logits(n_classes), 4 if n_classes == 2 else 2
+    y = one_hot(labels, n_classes, dtype)
+    means = np.zeros((1, c * g), dtype)
+    mask, size = None, np.full(c * g, n, dtype)
+    if members is None:
+        intercept = share_logits(y)
+    else:
+        intercept = np.stack([share_logits(y[m, i]) for i, m in enumerate(members.T)])
+        mask = np.repeat(members, g, axis=1).astype(dtype)
+        size = mask.sum(axis=0)
+        means = t.T @ mask / size
+    y = y.reshape(n, c * g)
+    intercept = intercept.reshape(c * g).astype(dtype)
     weights = np.zeros((t.shape[1], c * g), dtype)
-    alpha = np.repeat(penalties, g).astype(dtype)
-    bound = (eigenvalues[:, None] / bound_of_hessian + alpha).astype(dtype)
+    if start is not None:
+        weights[:] = start[1]
+        intercept[:] = start[0] + (means * weights).sum(axis=0)
+    state = _State(means, y, mask, size, np.repeat(penalties, g).astype(dtype))
+    bound = (eigenvalues[:, None] / curve + state.penalties).astype(dtype)
     active = np.arange(c * g)
     a, w = intercept.copy(), weights.copy()
     a_ahead, w_ahead, momentum = a.copy(), w.copy(), np.ones(c, dtype)
     for _ in range(max_steps):
-        residual = y - probabilities((t @ w_ahead + a_ahead).reshape(n, -1, g)).reshape(n, -1)
-        a_step, w_step = residual.mean(axis=0) * bound_of_hessian, t.T @ residual - alpha * w_ahead
-        decrease = np.einsum("rc,rc->c", w_step, w_step / bound) / n + a_step**2 / bound_of_hessian
+        slope, w_step = state.gradient(t, a_ahead, w_ahead, g)
+        a_step = slope * curve
+        decrease = np.einsum("rc,rc->c", w_step, w_step / bound) / state.size
+        decrease += slope**2 * curve
         w_step /= bound
         a_new, w_new = a_ahead + a_step, w_ahead + w_step
         # Momentum that points against the step has gone too far: start again from here.
         along = np.einsum("rc,rc->c", w_step * bound, w_new - w)
-        along += n / bound_of_hessian * a_step * (a_new - a)
+        along += state.size / curve * a_step * (a_new - a)
         momentum[along.reshape(-1, g).sum(axis=1) < 0] = 1
         grown = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
         push = np.repeat((momentum - 1) / grown, g).astype(dtype)
@@ -87,12 +109,51 @@ def logistic_fit(
         if not going.all():
             momentum, going = momentum[going], np.repeat(going, g)
             intercept[active[~going]], weights[:, active[~going]] = a[~going], w[:, ~going]
-            if not going.any():
-                return intercept, weights
-            active, y, alpha, bound = active[going], y[:, going], alpha[going], bound[:, going]
+            active, bound, state = active[going], bound[:, going], state.of(going)
             a, w, a_ahead, w_ahead = a[going], w[:, going], a_ahead[going], w_ahead[:, going]
+            if not len(active):
+                break
     intercept[active], weights[:, active] = a, w
-    return intercept, weights
+    return intercept - (means * weights).sum(axis=0), weights
+
+
+@dataclass(eq=False)
+class _State:
+    """What the models that are not finished are fitted to; columns of logits are flat."""
+
+    means: np.ndarray
+    """Of the coordinates of each model's people, [r, c g]; [1, c g] of zeros if all are centred."""
+    y: np.ndarray
+    mask: np.ndarray | None
+    size: np.ndarray
+    penalties: np.ndarray
+
+    def gradient(
+        self, t: np.ndarray, a: np.ndarray, w: np.ndarray, g: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean residuals [c g], and minus the gradient of the weights [r, c g]."""
+        logits = t @ w
+        logits += a if self.mask is None else a - np.einsum("rc,rc->c", self.means, w)
+        residual = probabilities(logits.reshape(len(t), -1, g)).reshape(len(t), -1)
+        np.subtract(self.y, residual, out=residual)
+        if self.mask is not None:
+            residual *= self.mask
+        total = residual.sum(axis=0)
+        step = t.T @ residual
+        step -= self.penalties * w
+        if self.mask is not None:
+            step -= self.means * total
+        return total / self.size, step
+
+    def of(self, kept: np.ndarray) -> "_State":
+        """The same for some columns of logits."""
+        return _State(
+            self.means[:, kept],
+            self.y[:, kept],
+            None if self.mask is None else self.mask[:, kept],
+            self.size[kept],
+            self.penalties[kept],
+        )
 
 
 def one_hot(labels: np.ndarray, n_classes: int, dtype: type | np.dtype = np.float64) -> np.ndarray:

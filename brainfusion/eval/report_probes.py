@@ -169,7 +169,16 @@ def _probe_table(rows: Sequence[Row]) -> str:
             ]
         )
         last = target
-    heading = ["target", "predicted from", "metric", "value", "chance", "p", "p, adjusted", "people"]
+    heading = [
+        "target",
+        "predicted from",
+        "metric",
+        "value",
+        "chance",
+        "p",
+        "p, adjusted",
+        "people",
+    ]
     return table(heading, body, text_columns=(1, 2))
 
 

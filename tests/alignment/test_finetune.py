@@ -12,6 +12,7 @@ import torch.nn as nn
 from brainfusion.alignment import AlignConfig, Alignment, GeneArray, GeneVectors, load, train
 from brainfusion.alignment.affine import Affine
 from brainfusion.alignment.conditioning import Conditioner
+from brainfusion.alignment.density_ratio import DensityRatio
 from brainfusion.alignment.finetune import check_alignment, finetune
 from brainfusion.alignment.finetune_config import FinetuneConfig
 from brainfusion.alignment.pair_ids import PairIds
@@ -26,7 +27,8 @@ from tests.ranks import run_ranks
 
 N, N_SOURCES, N_OTHERS, N_TOKENS, PATCH, WIDTH = 360, 3, 9, 24, 12, 12
 ALIGN = AlignConfig(
-    n_components=0, dim_hidden=32, dim_out=16, dropout=0.0, max_steps=100,
+    n_components=0, dim_hidden=32, dim_out=16, dropout=0.0, max_steps=100, init="random",
+    score="cosine",
 )  # fmt: skip
 QUICK = FinetuneConfig(
     how="all", lr=1e-2, encoder_lr_scale=1.0, max_steps=30, eval_every=3, patience=4,
@@ -205,6 +207,25 @@ def test_the_tuned_encoder_and_the_saved_model_give_the_embeddings_of_the_run(st
     )
     np.testing.assert_allclose(opened.embed_dna(dna), result.embeddings["dna"], atol=1e-5)
     assert opened.info["finetune"]["how"] == "lora"
+
+
+def test_the_score_of_pairs_is_fitted_anew_where_the_alignment_has_one(tmp_path):
+    tokens, dna, labels = cohort()
+    tower, config = TinyTower(tokens), replace(ALIGN, max_steps=40, score="density-ratio")
+    sides = {"brain": tower.frozen(), "dna": dna}
+    align = train(sides, labels, config=config, run_dir=tmp_path / "a").alignment
+    result = finetune(align, tower, dna, labels, config=QUICK, run_dir=tmp_path / "b")
+    parts = (
+        {side: rows[np.asarray(labels) == split] for side, rows in result.embeddings.items()}
+        for split in ("train", "validation")
+    )
+    expected = DensityRatio.fit(*parts)
+    found = load(tmp_path / "b").head
+    assert found is not None
+    for side, rows in result.embeddings.items():
+        np.testing.assert_array_equal(found.vectors(side, rows), expected.vectors(side, rows))
+    assert align.head is not None
+    assert found.information > align.head.information
 
 
 def test_test_people_change_nothing(tmp_path):

@@ -212,7 +212,8 @@ def test_unrelated_people_are_the_negatives_where_there_are_families(scratch, do
 
     table.drop("family", "site").write_parquet(scratch.cohort / "subjects.parquet")
     (scratch.cohort / "splits.json").unlink()
-    said = done("align", *words, *scratch.place)
+    with_control = [word for word in words if word != "--no-control"]
+    said = done("align", *with_control, *scratch.place)
     assert "negatives: everybody else (no column 'family' says who is related)" in said.err
     error = call("align", *words, "--negatives", "within-site", *scratch.place).error
     assert "subjects.parquet has no column 'site'" in error

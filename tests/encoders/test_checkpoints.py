@@ -20,6 +20,7 @@ from brainfusion.encoders.checkpoints import (
     load_pretrained,
 )
 from brainfusion.encoders.pretrain import pretrain
+from brainfusion.encoders.pretrain_config import DataConfig
 from brainfusion.runtime import checkpoint
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import CheckpointError, UserError
@@ -94,6 +95,24 @@ def test_the_untrained_encoder_is_the_one_that_training_started_from(runs, cohor
             moved += not torch.equal(value, trained[key])
     assert moved > 20
     assert loaded.hash == "untrained"
+
+
+def test_an_untrained_encoder_is_not_fed_what_was_enlarged_for_training(cohort, tmp_path, capsys):
+    """Its statistics follow, so that the check before embedding finds nothing unusual."""
+    options = settings("brainjepa", steps=1)
+    enlarged = dataclasses.replace(options, data=DataConfig(divide_by=0.1))
+    pretrain(enlarged, cohort, tmp_path, ranks=Ranks())
+    trained, blank = (load_pretrained(tmp_path, untrained=untrained) for untrained in (False, True))
+    assert "divided by 1, not by 0.1 as in training" in capsys.readouterr().err
+    rows = list(range(len(cohort.recordings)))
+    for loaded, divide_by in ((trained, 0.1), (blank, 1.0)):
+        assert loaded.conditioning.standardiser.divide_by == divide_by
+        seen = loaded.conditioning.measure(cohort.recordings, rows)
+        kept = loaded.conditioning.statistics
+        assert kept is not None
+        assert seen.mean["log_sd"] == pytest.approx(kept.mean["log_sd"], abs=0.05)
+        bold = loaded.conditioning.prepare(cohort.recordings.read(0), tr_s=2.0)
+        assert bold.std() == pytest.approx(1 / divide_by, rel=1e-3)
 
 
 def test_the_image_family_is_loaded_as_what_it_is(cohort, tmp_path):

@@ -1,6 +1,7 @@
 """What pretraining reads: conditioned recordings, cut into windows after that."""
 
 import dataclasses
+import functools
 import shutil
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.input_statistics import MEASURES
 from brainfusion.data.resample import resample
+from brainfusion.data.standardise import KINDS, Standardiser
+from brainfusion.data.windows import training_windows
 from brainfusion.encoders.checkpoints import load_pretrained
 from brainfusion.encoders.pretrain import pretrain
 from brainfusion.encoders.pretrain_config import DataConfig
@@ -66,6 +69,44 @@ def test_windows_are_cut_from_recordings_that_were_standardised_and_resampled(co
     scaled = inputs.conditioning.standardiser.transform(cohort.recordings.read(row))
     expected = resample(scaled, tr_s=2.0, to_tr_s=1.5, method=resampling)[:, :N_TRS]
     np.testing.assert_array_equal(inputs.first_window(row), expected)
+
+
+@pytest.mark.parametrize("frames", ["consecutive", "brainjepa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_at_their_own_tr_are_to_the_bit_those_of_whole_recordings(tmp_path, kind, frames):
+    """Also with parcels missing, at a second visit, and where resampling has nothing to do."""
+    cohort = tiny_cohort(tmp_path, n_people=20, scanned=LONG, missing=0.2)
+    data: dict[str, Any] = {"standardiser": kind, "frames": frames, "divide_by": 3.0}
+    inputs = PretrainInputs.fit(options(data=data), cohort)
+    cut = functools.partial(
+        training_windows, cohort.recordings, inputs.train_rows, window_trs=N_TRS, batch_size=40,
+        seed=0, frames=frames,
+    )  # fmt: skip
+    for step in (3, 3, 4):
+        expected = cut(
+            step=step, transform=lambda bold, _: inputs.conditioning.standardiser.transform(bold)
+        )
+        got = inputs.batch(40, seed=0, step=step, ranks=Ranks())
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, expected)
+    if frames == "consecutive":
+        same = PretrainInputs.fit(options(data=data | {"tr_s": 2.0}), cohort)
+        np.testing.assert_array_equal(same.batch(40, seed=0, step=4, ranks=Ranks()), got)
+
+
+def test_a_recording_is_measured_once(cohort, monkeypatch):
+    inputs, measured = PretrainInputs.fit(options(), cohort), []
+    scale_of = Standardiser.scale_of
+
+    def counted(self: Standardiser, bold: np.ndarray) -> Any:
+        measured.append(bold.shape)
+        return scale_of(self, bold)
+
+    monkeypatch.setattr(Standardiser, "scale_of", counted)
+    for step in range(5):  # 200 windows of 14 recordings
+        inputs.batch(40, seed=0, step=step, ranks=Ranks())
+    inputs.first_window(inputs.train_rows[0])
+    assert len(measured) == len(inputs.train_rows)
 
 
 @pytest.mark.parametrize("data", [{"tr_s": 0.9}, {"frames": "brainjepa"}])

@@ -109,6 +109,8 @@ def everything(rank: int, world_size: int, cohort: Path, folder: Path) -> dict[s
     for model in MODELS:
         train(model, cohort, folder / f"{model}-whole", ranks)
         found[model] = local_share(model, cohort, folder, ranks)
+        again = {"sharding": "fsdp", "activation_checkpointing": True}
+        train(model, cohort, folder / f"{model}-again", ranks, **again)
     found["signalled"] = signalled(cohort, folder, ranks)
     found["disagreeing"] = disagreeing(cohort, folder, ranks)
     return found
@@ -155,22 +157,61 @@ def test_accumulated_gradients_equal_those_of_one_big_batch(done, model, other):
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-9)
 
 
+def check_same_curves(one: Path, two: Path) -> None:
+    """Losses, gradient norms and final weights of two runs, and that the loss moved at all."""
+    # float32: sums in another order, through six steps of Adam
+    assert largest_difference(one, two) < 1e-5
+    rows = [read_metrics(path / "metrics.jsonl") for path in (one, two)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for a, b in zip(*rows, strict=True):
+        for name in a.keys() & {"loss", "validation_loss", "grad_norm", "effective_rank"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    first, *_, last = rows[0]
+    assert last["validation_loss"] < 0.95 * first["validation_loss"]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_shards_train_what_replicas_train_also_after_a_resume(done, model):
     folder, results = done
-    # float32: sums in another order, through six steps of Adam
-    assert largest_difference(folder / f"{model}-whole", folder / f"{model}-fsdp") < 1e-5
-    one, two = (read_metrics(folder / f"{model}-{n}" / "metrics.jsonl") for n in ("whole", "fsdp"))
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    for a, b in zip(one, two, strict=True):
-        for name in a.keys() & {"loss", "validation_loss", "grad_norm", "effective_rank"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    check_same_curves(folder / f"{model}-whole", folder / f"{model}-fsdp")
     shares = [result[model] for result in results]
     assert sum(shares) == pytest.approx(1.0)
     assert max(shares) < 0.7
     last = checkpoint.newest(folder / f"{model}-fsdp")
     assert (last / "optimizer" / ".metadata").exists()
     assert not (last / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shards_with_activation_checkpointing_train_what_replicas_train(done, model):
+    check_same_curves(done[0] / f"{model}-whole", done[0] / f"{model}-again")
+
+
+def compiled(rank: int, world_size: int, model: str, cohort: Path, folder: Path) -> None:
+    """Replicas as they are; replicas, shards, and shards that compute again, all compiled."""
+    ranks, compile_module = Ranks(rank=rank, world_size=world_size), torch.nn.Module.compile
+
+    def traced(self: torch.nn.Module) -> None:
+        # Traced and differentiated as ever, but no code is built: that takes minutes.
+        compile_module(self, backend="aot_eager")
+
+    train(model, cohort, folder / "plain", ranks)
+    with mock.patch.object(torch.nn.Module, "compile", traced):
+        train(model, cohort, folder / "replicas", ranks, compile=True)
+        sharded = {"compile": True, "sharding": "fsdp"}
+        train(model, cohort, folder / "shards", ranks, **sharded)
+        again = {**sharded, "activation_checkpointing": True}
+        train(model, cohort, folder / "again", ranks, **again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled_replicas_and_shards_train_what_replicas_train(tmp_path, model):
+    cohort = tiny_cohort(tmp_path / "cohort")
+    cohort.splits()
+    run_ranks(compiled, model, cohort.path, tmp_path)
+    for name in ("replicas", "shards", "again"):
+        check_same_curves(tmp_path / "plain", tmp_path / name)
 
 
 def test_shards_and_replicas_do_not_go_on_from_one_another(done):

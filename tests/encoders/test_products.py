@@ -167,6 +167,17 @@ def test_small_products_are_left_to_torch(
     assert chosen == ["_product", "_tiled_attention", "_product", "_product"]
 
 
+def test_small_products_with_gradients_are_left_to_torch_whose_code_knows_any_shape(
+    chosen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "MIN_TRAINED", 100)
+    weight = torch.randn(4, 8, requires_grad=True)
+    linear(torch.randn(3, 8), weight, None).sum().backward()
+    assert chosen == []
+    linear(torch.randn(4, 8), weight, None).sum().backward()
+    assert chosen == ["_product"] * 2  # of the output, and of the weight's gradient
+
+
 def test_the_layer_has_the_keys_the_hooks_and_the_start_of_torchs() -> None:
     torch.manual_seed(3)
     theirs = torch.nn.Linear(6, 4)
