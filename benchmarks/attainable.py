@@ -65,6 +65,7 @@ class Cohort:
             self.sufficient[view] = known[-N_TEST:]
 
     def rows(self, split: str) -> dict[str, np.ndarray]:
+        """The features of one split."""
         keep = np.array(self.labels) == split
         return {view: x[keep] for view, x in self.features.items()}
 

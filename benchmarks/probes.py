@@ -1,8 +1,8 @@
 """Probes beside scikit-learn, and the CCA permutation test beside cca-zoo, in CPU seconds.
 
-Each measurement is a process of its own on one thread, the least of three where it is quick. Where a side would take hours, a few of its
-repetitions are measured and scaled, and the row says how many. Both sides of a case must agree
-(chosen penalties, predictions, log loss), or the case fails.
+Each measurement is a process of its own on one thread, the least of three where it is quick. Where
+a side would take hours, a few of its repetitions are measured and scaled, and the row says how
+many. Both sides of a case must agree (chosen penalties, predictions, log loss), or the case fails.
 
 a  100 targets, 20 penalties, 5 folds: RidgeProbe, and a GridSearchCV of Ridge for each target
 b  1,000 permutations of a target: ours nested, the penalty chosen again in each fold of each
@@ -179,8 +179,8 @@ def cca_ours(size: Size) -> tuple[float, dict[str, Any], str]:
     from brainfusion.eval.cca_test import cca_test
 
     x, y = views(size)
-    about = {"n_permutations": size.cca_ours, "n_folds": 0, "n_components": 3}
-    seconds, found = timed(lambda: cca_test(x, y, **about))
+    count = size.cca_ours
+    seconds, found = timed(lambda: cca_test(x, y, n_permutations=count, n_folds=0, n_components=3))
     scaled = f"{size.cca_ours} of {size.permutations} permutations measured"
     share = size.permutations / size.cca_ours
     return seconds * share, {"correlation": found.correlations}, scaled
@@ -301,12 +301,11 @@ def main(argv: list[str] | None = None) -> int:
             continue
         ours = measure(sys.executable, case, 0, options.quick)
         other = options.cca_zoo if case[0] == "d" else sys.executable
-        for side in range(1, len(CASES[case])):
-            theirs = measure(other, case, side, options.quick)
-            if agree(ours, theirs):
-                break
-        else:
-            raise SystemExit(f"{case}: both sides differ: {ours['found']}, {theirs['found']}.")
+        sides = range(1, len(CASES[case]))
+        tried = (measure(other, case, side, options.quick) for side in sides)
+        theirs = next((one for one in tried if agree(ours, one)), None)
+        if theirs is None:
+            raise SystemExit(f"{case}: the two sides differ; ours found {ours['found']}.")
         notes = [
             f"{side}: {one['note']}"
             for side, one in (("ours", ours), ("theirs", theirs))

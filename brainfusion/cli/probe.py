@@ -219,11 +219,11 @@ def _cca(options: ProbeOptions, pairs: Pairs) -> dict[str, Any]:
 
 def _cca_text(found: dict[str, Any]) -> str:
     lines = [f"{'component':<10} {'fitted':>7} {'p (family-wise)':>16} {'held out':>9} {'p':>7}"]
-    for row in found["components"]:
-        lines.append(
-            f"{row['component']:<10} {row['correlation']:>7.3f} {row['p_family_wise']:>16.3f} "
-            f"{row['held_out']:>9.3f} {row['p_held_out']:>7.3f}"
-        )
+    lines += [
+        f"{row['component']:<10} {row['correlation']:>7.3f} {row['p_family_wise']:>16.3f} "
+        f"{row['held_out']:>9.3f} {row['p_held_out']:>7.3f}"
+        for row in found["components"]
+    ]
     return "\n".join(lines)
 
 

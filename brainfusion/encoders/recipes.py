@@ -29,7 +29,7 @@ def recipe(model: str, preset: str, name: str | None = None) -> PretrainConfig:
     Args:
         model: An encoder.
         preset: One of its sizes.
-        name: "tiny" trains in about a minute on two cores; "published" is the authors', in epochs,
+        name: "tiny" trains in little more than a minute on a core; "published" is the authors', in epochs,
             which become steps once the cohort is known. By default that of the preset.
 
     Raises:

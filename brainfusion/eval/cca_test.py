@@ -136,9 +136,8 @@ def cca_test(
         observed = trailing(*rotated, np.arange(len(kept))[None], k, statistic)[0]
         null = trailing(*rotated, moves, k, statistic)
         p = np.array([p_value(observed[i], null[:, i]) for i in range(k)])
-        held = _held_out(
-            *left, about, k, n_pcs, ridge, (n_folds, n_held_out_permutations, n_bootstrap), seed
-        )
+        counts = n_folds, n_held_out_permutations, n_bootstrap
+        held = _held_out(left[0], left[1], about, k, n_pcs, ridge, counts, seed)
     correlations = _correlations(rotated[0][:, :k], rotated[1][:, :k])
     return CCATest(
         correlations=correlations,
@@ -227,7 +226,7 @@ def theil(z: np.ndarray, views: list[np.ndarray]) -> tuple[np.ndarray, list[np.n
     basis, sizes, _ = np.linalg.svd(z / np.maximum(np.linalg.norm(z, axis=0), 1e-300), False)
     basis = basis[:, sizes > 1e-9 * sizes[0]]
     rank = basis.shape[1]
-    order = qr(basis.T, mode="economic", pivoting=True)[2]
+    order: np.ndarray = qr(basis.T, mode="economic", pivoting=True)[-1]  # pyright: ignore
     kept = np.sort(order[rank:])
     # S (I - BB') S' is I - WW' with W = SB: its inverse root differs from I in `rank` directions.
     found, vectors = np.linalg.eigh(basis[kept].T @ basis[kept])

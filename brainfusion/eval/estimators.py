@@ -33,7 +33,7 @@ class _Probe(BaseEstimator):
 
     def __init__(
         self,
-        penalties: Sequence[float] = PENALTIES,
+        penalties: Sequence[float] | np.ndarray = PENALTIES,
         *,
         n_folds: int = 5,
         scaled: bool = True,
@@ -234,7 +234,7 @@ class LogisticProbe(ClassifierMixin, _Probe):
             np.tile(grid, len(sets)),
             n_classes=n_classes,
             members=np.repeat(np.stack(sets, axis=1), n_grid, axis=1),
-            tolerance=1e-7,
+            tolerance=1e-9 if short is t else 1e-7,
         )
         level, weights = (v.reshape(*v.shape[:-1], len(sets), n_grid, -1) for v in (level, weights))
         starts = [(level[:, a].mean(axis=0), weights[:, :, a].mean(axis=1)) for a in range(n_grid)]

