@@ -21,6 +21,7 @@ COMMANDS = {
     "retrieve": "score cross-modal retrieval, or ask for the nearest people",
     "probe": "predict phenotypes from features and from embeddings",
     "attribute": "measure which genes, networks and parcels retrieval rests on",
+    "power": "tell what a study of n people can find, before it is done",
     "audit": "check that every table belongs to the people it is joined to",
     "report": "draw a workspace's results as one HTML page",
 }

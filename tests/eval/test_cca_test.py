@@ -108,6 +108,7 @@ def test_p_values_of_nothing_are_uniform_with_families_and_sites() -> None:
         assert np.abs(np.sort(column) - np.arange(1, 61) / 60).max() < 0.21
 
 
+@pytest.mark.slow
 def test_a_second_component_is_not_feigned_by_a_strong_first_one() -> None:
     p = []
     for seed in range(60):

@@ -280,7 +280,7 @@ def test_fusion_of_what_differs_beats_either_part_for_each_kind_of_target() -> N
     features, subjects = cohort()
     table = probe(
         features, subjects, ["trait", "case", "group"], confounds=["age"],
-        n_permutations=19, n_bootstrap=100, extras=Extras(fusion=[("brain", "dna")]),
+        penalties=[1.0, 10.0, 100.0], n_permutations=19, n_bootstrap=100, extras=Extras(fusion=[("brain", "dna")]),
     )  # fmt: skip
     row = by_name(table)
     for target in ("trait", "case", "group"):
@@ -305,6 +305,7 @@ def test_fusion_with_noise_is_no_worse_than_the_part_that_knows() -> None:
         assert row[target, "brain + noise"]["value"] > row[target, "brain"]["value"] - 0.02
 
 
+@pytest.mark.slow
 def test_p_values_of_several_classes_fusion_and_neighbours_are_uniform_under_the_null() -> None:
     p = []
     for seed in range(40):
@@ -332,6 +333,7 @@ def test_every_row_has_every_metric_of_its_kind_with_interval_and_p() -> None:
     features, subjects = cohort()
     table = probe(
         features, subjects, ["trait", "case", "group"], n_permutations=19, n_bootstrap=50,
+        penalties=[1.0, 10.0, 100.0],
         extras=Extras(neighbours=True, pca=["dna"], n_pcs=3),
     )  # fmt: skip
     rows = by_name(table)

@@ -1,6 +1,7 @@
 """Calibration plots, learning curves and the tables of metrics on the page."""
 
 import re
+from functools import cache
 
 import numpy as np
 import polars as pl
@@ -10,6 +11,7 @@ from brainfusion.eval.probes import Extras, probe
 from brainfusion.eval.report_probes import probes_section
 
 
+@cache
 def made() -> str:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((200, 6))
@@ -23,7 +25,7 @@ def made() -> str:
     features = {f"features {i}": x + i * rng.standard_normal(x.shape) for i in range(7)}
     table = probe(
         features, subjects, ["trait", "a<b", "kind"], confounds=[], n_permutations=9,
-        n_bootstrap=30, extras=Extras(learning_curve=[0.3]),
+        n_bootstrap=30, penalties=[1.0, 30.0], extras=Extras(learning_curve=[0.3]),
     )  # fmt: skip
     return probes_section({"probes": _rows(table)})
 
