@@ -99,19 +99,19 @@ def skew(z: np.ndarray) -> np.ndarray:
 
 
 def canonical(cohort: Cohort) -> Iterator[tuple[str, np.ndarray]]:
-    """Ridge CCA of the views as they are, ridges and components chosen on validation people."""
+    """Ridge CCA of the views as they are; ridges, components, correlations of validation people."""
     train, held_out, test = (cohort.rows(split) for split in ("train", "validation", "test"))
     cca, rho = choose_cca(train["brain"], train["dna"], held_out["brain"], held_out["dna"])
     (u, v), (at_u, at_v) = (
         (cca.variates_x(rows["brain"]), cca.variates_y(rows["dna"])) for rows in (test, held_out)
     )
-    yield "rCCA, cosine", unit(u) @ unit(v).T
+    yield "plain rCCA, cosine", unit(u) @ unit(v).T
     u, v = (u - at_u.mean(0)) / at_u.std(0), (v - at_v.mean(0)) / at_v.std(0)
-    yield "rCCA, density ratio", pmi_scores(u, v, rho)
+    yield "plain rCCA, density ratio", pmi_scores(u, v, rho)
 
 
 def linear(cohort: Cohort, method: str) -> Iterator[tuple[str, np.ndarray]]:
-    """`brainfusion align --method pls` or `ridge`."""
+    """`brainfusion align --method rcca`, `pls` or `ridge`."""
     from brainfusion.alignment.config import AlignConfig
     from brainfusion.alignment.linear import fit_linear
 
@@ -125,17 +125,29 @@ def linear(cohort: Cohort, method: str) -> Iterator[tuple[str, np.ndarray]]:
         ).alignment
     test = cohort.rows("test")
     yield f"{method}, cosine", found.embed_brain(test["brain"]) @ found.embed_dna(test["dna"]).T
+    if found.head is not None:
+        vectors = [found.score_vectors(side, rows) for side, rows in test.items()]
+        yield f"{method}, density ratio", vectors[0] @ vectors[1].T
 
 
-def contrastive(cohort: Cohort, *, ours: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """`brainfusion align`, as it is; or the same projectors from a random start by the cosine."""
+def contrastive(cohort: Cohort, kind: str) -> Iterator[tuple[str, np.ndarray]]:
+    """`brainfusion align` ("ours"), without training ("start"), or from random weights."""
     from brainfusion.alignment.config import AlignConfig
     from brainfusion.alignment.train import train
 
     n_train = cohort.labels.count("train")
-    config = AlignConfig(batch_size=2048 if n_train >= 20_000 else min(BATCH, n_train))
-    if not ours:
-        config = replace(config, init="random", lr=1e-3, dropout=0.1, weight_decay=1.0)
+    config = AlignConfig(
+        n_components=512,
+        shrinkage=1.0,
+        lr=3e-4,
+        dropout=0.5,
+        early_stopping="information",
+        batch_size=2048 if n_train >= 20_000 else min(BATCH, n_train),
+    )
+    if kind == "infonce":
+        config = replace(config, init="random", lr=1e-3, dropout=0.1)
+    if kind == "start":
+        config = replace(config, max_steps=1, warmup_steps=0, lr=1e-12)
     with tempfile.TemporaryDirectory() as folder:
         found = train(
             cohort.features, cohort.labels, config=config, run_dir=Path(folder) / "run"
@@ -143,17 +155,19 @@ def contrastive(cohort: Cohort, *, ours: bool) -> Iterator[tuple[str, np.ndarray
     test = cohort.rows("test")
     cosine = found.embed_brain(test["brain"]) @ found.embed_dna(test["dna"]).T
     ratio = found.score_vectors("brain", test["brain"]) @ found.score_vectors("dna", test["dna"]).T
-    name = "ours" if ours else "InfoNCE, random start"
+    name = {"infonce": "InfoNCE, random start", "start": "ours untrained", "ours": "ours"}[kind]
     yield f"{name}, cosine", cosine
-    yield name if ours else f"{name}, density ratio", ratio
+    yield f"{name}, density ratio", ratio
 
 
 METHODS: dict[str, Callable[[Cohort], Iterator[tuple[str, np.ndarray]]]] = {
-    "rcca": canonical,
+    "plain-rcca": canonical,
+    "rcca": lambda cohort: linear(cohort, "rcca"),
     "pls": lambda cohort: linear(cohort, "pls"),
     "ridge": lambda cohort: linear(cohort, "ridge"),
-    "infonce": lambda cohort: contrastive(cohort, ours=False),
-    "ours": lambda cohort: contrastive(cohort, ours=True),
+    "infonce": lambda cohort: contrastive(cohort, "infonce"),
+    "start": lambda cohort: contrastive(cohort, "start"),
+    "ours": lambda cohort: contrastive(cohort, "ours"),
 }
 
 

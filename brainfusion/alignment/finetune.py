@@ -229,8 +229,8 @@ def _optimise(towers: Towers, rows: dict[str, np.ndarray], log: MetricsLog) -> d
         if step == 1:  # the loss before the first update is that of the start
             best |= {"loss": value, "loss_over_log_n": share}
         row: dict[str, Any] = {
-            "step": step, "loss": value, "loss_over_log_n": share,
-            **_scale(model), "lr": lr, "encoder_lr": lr * config.encoder_lr_scale, "encoder_gradient_norm": norm,
+            "step": step, "loss": value, "loss_over_log_n": share, **_scale(model), "lr": lr,
+            "encoder_lr": lr * config.encoder_lr_scale, "encoder_gradient_norm": norm,
             "seconds": round(time.monotonic() - begin, 3), "peak_mib": peak_mib(),
             **device_peak_mib(ranks.device),
         }  # fmt: skip

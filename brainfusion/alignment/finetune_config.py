@@ -20,8 +20,8 @@ class FinetuneConfig:
     alpha: float = 16.0
     """Scale of a LoRA update, times its rank."""
     adapt: tuple[str, ...] = ()
-    """Names of the layers that LoRA updates, with * for anything; the attention projections if
-    none are given."""
+    """Names of the layers that LoRA updates, with * for anything;
+    without any, the attention projections."""
     encoder_lr_scale: float = 0.1
     """The encoder's learning rate, as a share of the projectors'."""
     encoder_weight_decay: float = 0.01

@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": "train a brain encoder on a cohort's recordings",
     "embed": "turn recordings into features with a trained encoder",
     "align": "train the shared space of brain features and DNA embeddings",
+    "finetune": "train a brain encoder further, in the graph of an alignment",
     "retrieve": "score cross-modal retrieval, or ask for the nearest people",
     "probe": "predict phenotypes from features and from embeddings",
     "attribute": "measure which genes, networks and parcels retrieval rests on",

@@ -45,8 +45,8 @@ class ProbeOptions:
     """DNA embeddings to probe: one model or several."""
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
     targets: tuple[str, ...] = ()
-    """Columns of subjects.parquet to predict: numbers or labels; all phenotypes, age and sex by
-    default."""
+    """Columns of subjects.parquet to predict, numbers or labels;
+    all phenotypes, age and sex by default."""
     confounds: tuple[str, ...] = ("age", "sex", "site", "motion")
     """Columns that are predicted from alone, and residualised in the fold."""
     n_folds: int = 5
@@ -64,11 +64,11 @@ class ProbeOptions:
     learning_curve: tuple[float, ...] = ()
     """Shares of the training people to learn from, such as 0.25 0.5; the whole is always there."""
     rechoose: bool = False
-    """Whether the penalty is chosen again for each permutation of labels: slower; for numbers it
-    always is."""
+    """Whether the penalty is chosen again for each permutation of labels, which is slower;
+    for numbers it always is."""
     cca: int = 0
-    """Canonical components of brain features and DNA vectors to test, confounds taken out; 0 for
-    none."""
+    """Canonical components of brain features and DNA vectors to test, confounds taken out;
+    0 for none."""
     cca_pcs: int = 0
     """Principal components of each side that go in; 0 for an eighth of the people, at most 128."""
     cca_permutations: int = 999

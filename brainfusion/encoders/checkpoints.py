@@ -87,7 +87,8 @@ def load_pretrained(path: Path, model: str | None = None, *, untrained: bool = F
         model: The encoder that is expected.
         untrained: Take the weights that the run started from, drawn again from its seed: the
             baseline that its training has to beat. Recordings that the recipe enlarges for the
-            sake of training are fed as they are: an untrained encoder does better so.
+            sake of training are fed as they are: with the pooling of small sizes, `parcel-std`, an
+            untrained encoder does much better so (docs/performance.md).
 
     Raises:
         CheckpointError: It is absent, truncated, or of another model than `model`.
@@ -142,7 +143,7 @@ def _not_enlarged(conditioning: InputConditioning) -> InputConditioning:
         return conditioning
     say(
         f"the untrained encoder is fed recordings divided by 1, not by {factor:g} as in training: "
-        "a harder baseline, since enlarged inputs help training alone."
+        "a harder baseline with parcel-std pooling, which training has to beat."
     )
     if statistics is not None:
         mean = statistics.mean | {"log_sd": statistics.mean["log_sd"] + math.log(factor)}

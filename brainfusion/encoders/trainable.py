@@ -68,7 +68,7 @@ class RecordingTower:
         check_pooling(pooling, poolings(pretrained.module))
         self._device = device or torch.device("cpu")
         self._whole: Any = pretrained.module.to(self._device).eval()
-        self.module, self.blocks, self.after, self.fixed = _parts(pretrained.module)
+        self.module, self.blocks, self.after, self.fixed = tower_of(pretrained.module)
         self.pooling, self._windows, self._seed = pooling, windows, seed
         self._recordings, self._conditioning = cohort.recordings, pretrained.conditioning
         self._order = parcel_order(pretrained, cohort)
@@ -144,7 +144,7 @@ def save_tuned(folder: Path, pretrained: Pretrained, facts: dict[str, Any]) -> N
         write_json(aside / "state.json", state)
 
 
-def _parts(module: nn.Module) -> tuple[nn.Module, str, tuple[str, ...], tuple[str, ...]]:
+def tower_of(module: nn.Module) -> tuple[nn.Module, str, tuple[str, ...], tuple[str, ...]]:
     """What `encode` uses, its blocks, what follows them, and what is never trained.
 
     Brain-JEPA's positions stay as they are: the map of its parcels' gradients belongs to the atlas

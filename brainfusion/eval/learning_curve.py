@@ -19,6 +19,7 @@ from brainfusion.eval.linear import FeatureSpace
 from brainfusion.eval.probe_jobs import Job, People, Plan, main_draws, run
 from brainfusion.eval.probe_targets import Target
 from brainfusion.eval.statistics import interval
+from brainfusion.runtime.logs import say
 
 N_DRAWS = 3
 """Draws of families that a point is the mean of."""
@@ -53,7 +54,7 @@ def learning_curves(
 
     Returns:
         For each target, points with `n_train` (mean over folds), `value`, `ci_low`, `ci_high`. A
-        share that leaves a training set without one of the classes has no point.
+        share that leaves a training set without one of the classes has no point, which is said.
     """
     out: dict[str, list[dict[str, Any]]] = {target.name: [] for target in targets}
     nobody = replace(people, moves=people.moves[:0])
@@ -72,8 +73,14 @@ def learning_curves(
             sizes.append(learners.sum() * (n_folds - 1) / n_folds)
             for one in job.found():
                 found.setdefault(one.target.name, []).append(main_draws(one, people))
+        short = [name for name in out if len(found.get(name, [])) < N_DRAWS]
+        if short:
+            say(
+                f"learning curve: no point at {share:.0%} for {', '.join(short)}: a training set "
+                "of so few people lacks a class."
+            )
         for name, draws in found.items():
-            if len(draws) == N_DRAWS:
+            if name not in short:
                 out[name].append(_point(draws, float(np.mean(sizes))))
     return out
 

@@ -17,7 +17,7 @@ from brainfusion.alignment.lora import (
     merged_state,
 )
 from brainfusion.encoders.layers import Attention
-from brainfusion.encoders.trainable import _parts
+from brainfusion.encoders.trainable import tower_of
 from brainfusion.runtime.errors import UserError
 from tests.encoders.tiny_cohort import ENCODERS, IMAGE, N_PARCELS, N_TRS, XYZ_MM
 
@@ -39,7 +39,7 @@ def encode(module: Any, bold: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def choose(module: Any, how: str, **options: Any):
-    tower, blocks, after, fixed = _parts(module)
+    tower, blocks, after, fixed = tower_of(module)
     return tower, choose_trained(tower, how, blocks=blocks, after=after, fixed=fixed, **options)
 
 
@@ -69,7 +69,7 @@ def test_merged_weights_load_into_the_ordinary_class_and_give_the_same_outputs(n
     trained = encode(module)
     assert not torch.allclose(trained, before, atol=1e-3)
     foreseen = merged_state(module)
-    assert merge_lora(tower) == 2 * len(tower.get_submodule(_parts(module)[1]))
+    assert merge_lora(tower) == 2 * len(tower.get_submodule(tower_of(module)[1]))
     torch.testing.assert_close(encode(module), trained, rtol=0, atol=0)
     assert set(module.state_dict()) == set(foreseen) == keys
     fresh = build(name)

