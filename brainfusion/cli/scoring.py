@@ -12,7 +12,7 @@ from brainfusion.cli.pairs import Pairs, connectomes, families_of, load_pairs, r
 from brainfusion.cli.workspace import Workspace
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import Features, read_features
-from brainfusion.runtime.config import read_yaml
+from brainfusion.runtime.files import read_json
 from brainfusion.runtime.logs import say
 
 COVARIATES = ("age", "sex", "site", "motion")
@@ -155,7 +155,8 @@ def _attainable_linear(
     if len(pairs.subjects) < LEAST_PEOPLE:
         say(f"attainable by a linear model: not estimated from under {LEAST_PEOPLE} people.")
         return None
-    columns = read_yaml(run_dir / "config.yaml").get("residualise") or ()
+    names = read_json(run_dir / "summary.json").get("residualised_on") or ()
+    columns = list(dict.fromkeys(name.split("=")[0] for name in names))
     return attainable_linear(
         pairs.brain,
         pairs.dna,
