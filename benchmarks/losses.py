@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from brainfusion.alignment.losses import info_nce, open_clip_losses
-from brainfusion.alignment.tiles import product
+from brainfusion.alignment.losses.info_nce import info_nce, open_clip_losses
+from brainfusion.alignment.losses.tiles import product
 from brainfusion.runtime.memory import peak_mib
 
 WIDTH, SCALE, ROWS = 512, 20.0, 1024

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from brainfusion.alignment.conditioning import Conditioner, design_matrix
     from brainfusion.alignment.config import AlignConfig
-    from brainfusion.alignment.gene_conditioning import GeneConditioner
-    from brainfusion.alignment.gene_vectors import GeneArray, GeneVectors
-    from brainfusion.alignment.genes import GeneTower
-    from brainfusion.alignment.losses import contrastive_loss, info_nce, open_clip_losses
+    from brainfusion.alignment.genes.conditioning import GeneConditioner
+    from brainfusion.alignment.genes.tower import GeneTower
+    from brainfusion.alignment.genes.vectors import GeneArray, GeneVectors
+    from brainfusion.alignment.losses.info_nce import contrastive_loss, info_nce, open_clip_losses
+    from brainfusion.alignment.losses.pair_ids import PairIds
     from brainfusion.alignment.model import Alignment, AlignmentModel, GeneWeights, load
-    from brainfusion.alignment.pair_ids import PairIds
     from brainfusion.alignment.projector import Projector
     from brainfusion.alignment.train import TrainResult, train
 
@@ -25,19 +25,19 @@ _HOMES = {
     "Alignment": "model",
     "AlignmentModel": "model",
     "Conditioner": "conditioning",
-    "GeneArray": "gene_vectors",
-    "GeneConditioner": "gene_conditioning",
-    "GeneTower": "genes",
-    "GeneVectors": "gene_vectors",
+    "GeneArray": "genes.vectors",
+    "GeneConditioner": "genes.conditioning",
+    "GeneTower": "genes.tower",
+    "GeneVectors": "genes.vectors",
     "GeneWeights": "model",
-    "PairIds": "pair_ids",
+    "PairIds": "losses.pair_ids",
     "Projector": "projector",
     "TrainResult": "train",
-    "contrastive_loss": "losses",
+    "contrastive_loss": "losses.info_nce",
     "design_matrix": "conditioning",
-    "info_nce": "losses",
+    "info_nce": "losses.info_nce",
     "load": "model",
-    "open_clip_losses": "losses",
+    "open_clip_losses": "losses.info_nce",
     "train": "train",
 }
 

@@ -20,7 +20,7 @@ from brainfusion.alignment.network import AlignmentModel, Inputs, take
 from brainfusion.runtime.distributed import Ranks
 
 if TYPE_CHECKING:
-    from brainfusion.alignment.pair_ids import PairIds
+    from brainfusion.alignment.losses.pair_ids import PairIds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

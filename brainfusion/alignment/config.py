@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from brainfusion.alignment.gene_conditioning import DnaPool
-from brainfusion.alignment.losses import LossName
+from brainfusion.alignment.genes.conditioning import DnaPool
+from brainfusion.alignment.losses.info_nce import LossName
 from brainfusion.runtime.errors import UserError
 
 

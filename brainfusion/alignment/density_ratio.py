@@ -114,7 +114,7 @@ class DensityRatio:
             second=second,
             kind="cosine" if chosen is cosine else "normal",
             n_people=len(held_out[0]),
-            information=max(of_cosine, bounds[k]),
+            information=float(max(of_cosine, bounds[k])),
             constant=terms.constant,
             first_weights=weights[0] / terms.scale_u,
             first_offset=terms.mean_u / terms.scale_u,

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from brainfusion.alignment.config import AlignConfig
 from brainfusion.alignment.density_ratio import DensityRatio
-from brainfusion.alignment.gene_conditioning import GeneConditioner
-from brainfusion.alignment.gene_vectors import GeneVectors
+from brainfusion.alignment.genes.conditioning import GeneConditioner
+from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.alignment.linear_maps import LinearMaps, pls_maps, rcca_maps, ridge_maps
-from brainfusion.alignment.losses import info_nce
+from brainfusion.alignment.losses.info_nce import info_nce
 from brainfusion.alignment.model import Alignment
 from brainfusion.alignment.prepare import check, conditioned, fit_conditioners
 from brainfusion.alignment.train import TrainResult

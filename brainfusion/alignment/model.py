@@ -14,9 +14,9 @@ import torch
 
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.density_ratio import DensityRatio
-from brainfusion.alignment.gene_conditioning import GeneConditioner
-from brainfusion.alignment.gene_vectors import Gene, GeneVectors
-from brainfusion.alignment.genes import GeneBatch, GeneTower, gene_shares
+from brainfusion.alignment.genes.conditioning import GeneConditioner
+from brainfusion.alignment.genes.tower import GeneBatch, GeneTower, gene_shares
+from brainfusion.alignment.genes.vectors import Gene, GeneVectors
 from brainfusion.alignment.modalities import modality_name, sides_of
 from brainfusion.alignment.network import AlignmentModel, Inputs, as_inputs, n_people, take
 from brainfusion.runtime.checkpoint import load_weights, save_weights

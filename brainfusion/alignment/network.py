@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from brainfusion.alignment.gene_conditioning import GeneArrays
-from brainfusion.alignment.genes import GeneBatch, GenePool, GeneTower
+from brainfusion.alignment.genes.conditioning import GeneArrays
+from brainfusion.alignment.genes.tower import GeneBatch, GenePool, GeneTower
 from brainfusion.alignment.projector import Projector
 from brainfusion.runtime.errors import UserError, nearest
 

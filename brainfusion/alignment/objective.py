@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brainfusion.alignment.batches import Batch, embed, shared_rows
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.losses import contrastive_loss
+from brainfusion.alignment.losses.info_nce import contrastive_loss
 from brainfusion.alignment.modalities import ModalityPair
 from brainfusion.alignment.network import AlignmentModel
 from brainfusion.alignment.validation import chance_level

@@ -11,7 +11,7 @@ from brainfusion.alignment.batches import Batch, embed
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.config import AlignConfig
 from brainfusion.alignment.density_ratio import DensityRatio
-from brainfusion.alignment.gene_conditioning import GeneConditioner
+from brainfusion.alignment.genes.conditioning import GeneConditioner
 from brainfusion.alignment.modalities import ModalityPair, side_mean, sides_of
 from brainfusion.alignment.network import AlignmentModel
 from brainfusion.alignment.resume import Progress

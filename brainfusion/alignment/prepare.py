@@ -12,9 +12,9 @@ import torch.distributed as dist
 from brainfusion.alignment.batches import Batch
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.gene_conditioning import GeneConditioner, describe_genes
-from brainfusion.alignment.gene_vectors import GeneVectors
-from brainfusion.alignment.genes import GeneBatch
+from brainfusion.alignment.genes.conditioning import GeneConditioner, describe_genes
+from brainfusion.alignment.genes.tower import GeneBatch
+from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.alignment.initialise import find_start
 from brainfusion.alignment.modalities import LEAST_TRAINING, LEAST_VALIDATION
 from brainfusion.alignment.network import AlignmentModel, GeneSettings, Inputs, as_inputs
@@ -23,7 +23,7 @@ from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.logs import say
 
 if TYPE_CHECKING:
-    from brainfusion.alignment.pair_ids import PairIds
+    from brainfusion.alignment.losses.pair_ids import PairIds
 
 SPLITS = ("train", "validation", "test")
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.gene_vectors import GeneVectors
+from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.runtime import checkpoint
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks
@@ -27,7 +27,7 @@ from brainfusion.runtime.errors import CheckpointError
 from brainfusion.runtime.logs import say
 
 if TYPE_CHECKING:
-    from brainfusion.alignment.pair_ids import PairIds
+    from brainfusion.alignment.losses.pair_ids import PairIds
 
 _GENES_HASHED = 8
 """Genes of a model whose vectors tell whether they are still the same."""

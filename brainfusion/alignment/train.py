@@ -18,8 +18,8 @@ import torch.distributed as dist
 from brainfusion.alignment import resume as resuming
 from brainfusion.alignment.batches import Batch, Batches
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.gene_vectors import GeneVectors
-from brainfusion.alignment.grad_cache import average_gradients
+from brainfusion.alignment.finetuning.grad_cache import average_gradients
+from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.alignment.modalities import modality_pairs
 from brainfusion.alignment.model import Alignment
 from brainfusion.alignment.objective import Objective
@@ -46,7 +46,7 @@ from brainfusion.runtime.schedules import warmup_cosine
 from brainfusion.runtime.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
-    from brainfusion.alignment.pair_ids import PairIds
+    from brainfusion.alignment.losses.pair_ids import PairIds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

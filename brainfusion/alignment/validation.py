@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from brainfusion.alignment.batches import Batch, embed, shared_rows
-from brainfusion.alignment.losses import info_nce
+from brainfusion.alignment.losses.info_nce import info_nce
 from brainfusion.alignment.modalities import LEAST_VALIDATION, ModalityPair
 from brainfusion.alignment.network import AlignmentModel
 from brainfusion.runtime.distributed import Ranks
 
 if TYPE_CHECKING:
-    from brainfusion.alignment.pair_ids import PairIds
+    from brainfusion.alignment.losses.pair_ids import PairIds
 
 METRICS = {"auc": "validation_auc", "information": "validation_information"}
 """Of `AlignConfig.early_stopping`; of both, more is better."""

@@ -20,7 +20,7 @@ import tyro
 
 from brainfusion.alignment.conditioning import design_matrix
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.gene_vectors import GeneVectors
+from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.alignment.linear import fit_linear
 from brainfusion.alignment.modalities import side_mean
 from brainfusion.alignment.model import Alignment

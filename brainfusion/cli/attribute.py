@@ -19,8 +19,8 @@ import tyro
 
 from brainfusion.alignment.conditioning import design_matrix
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.gene_vectors import Gene, GeneArray, GeneSource, GeneVectors
-from brainfusion.alignment.leave_out import without_each_gene
+from brainfusion.alignment.genes.leave_out import without_each_gene
+from brainfusion.alignment.genes.vectors import Gene, GeneArray, GeneSource, GeneVectors
 from brainfusion.alignment.model import Alignment, load
 from brainfusion.cli.options import at_least, parse
 from brainfusion.cli.pairs import Pairs, dna_models, families_of, load_pairs, read_haplotypes

@@ -21,8 +21,8 @@ import numpy as np
 import tyro
 
 from brainfusion.alignment.conditioning import design_matrix
-from brainfusion.alignment.finetune import FinetuneResult, check_alignment, finetune
-from brainfusion.alignment.finetune_config import FinetuneConfig
+from brainfusion.alignment.finetuning.config import FinetuneConfig
+from brainfusion.alignment.finetuning.finetune import FinetuneResult, check_alignment, finetune
 from brainfusion.alignment.model import Alignment, load
 from brainfusion.cli.align import shuffled, shuffled_order
 from brainfusion.cli.embed import LONGEST_WAIT_S, PublishedOptions

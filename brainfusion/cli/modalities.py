@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from brainfusion.alignment.gene_vectors import GeneVectors
+from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.alignment.modalities import modality_name
 from brainfusion.cli.workspace import Workspace, ensure_features, ensure_genetics, known_dna
 from brainfusion.data.cohort import Cohort

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
-from brainfusion.alignment.gene_vectors import GeneVectors
+from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.logs import say
 
 if TYPE_CHECKING:
-    from brainfusion.alignment.pair_ids import PairIds
+    from brainfusion.alignment.losses.pair_ids import PairIds
 
 Negatives = Literal["auto", "all", "unrelated", "within-site"]
 
@@ -65,7 +65,7 @@ def pair_ids(
     """
     import torch
 
-    from brainfusion.alignment.pair_ids import PairIds
+    from brainfusion.alignment.losses.pair_ids import PairIds
 
     if rule == "all":
         return None

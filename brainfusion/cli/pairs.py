@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from brainfusion.alignment.gene_vectors import GeneVectors
+from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.cli.modalities import Tables, load_tables
 from brainfusion.cli.modalities import dna_models as dna_models
 from brainfusion.cli.modalities import dna_name as dna_name

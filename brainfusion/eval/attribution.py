@@ -15,6 +15,7 @@ Shape legend: n people, d width, u units.
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -109,7 +110,8 @@ def drop_p_value(drops: np.ndarray, families: np.ndarray) -> float:
     with warnings.catch_warnings():
         # With many ties scipy takes the normal approximation, and says so.
         warnings.simplefilter("ignore", UserWarning)
-        p = float(wilcoxon(means, alternative="greater", zero_method="zsplit").pvalue)
+        test: Any = wilcoxon(means, alternative="greater", zero_method="zsplit")
+    p = float(test.pvalue)
     return 1.0 if math.isnan(p) else p
 
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn as nn
 
 from brainfusion.alignment import AlignConfig, Alignment, GeneArray, GeneVectors, load, train
-from brainfusion.alignment.affine import Affine
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.density_ratio import DensityRatio
-from brainfusion.alignment.finetune import check_alignment, finetune
-from brainfusion.alignment.finetune_config import FinetuneConfig
-from brainfusion.alignment.pair_ids import PairIds
-from brainfusion.alignment.tower import batch_of
+from brainfusion.alignment.finetuning.affine import Affine
+from brainfusion.alignment.finetuning.config import FinetuneConfig
+from brainfusion.alignment.finetuning.finetune import check_alignment, finetune
+from brainfusion.alignment.finetuning.tower import batch_of
+from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.alignment.validation import pair_auc
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks

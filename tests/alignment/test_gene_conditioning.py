@@ -3,8 +3,8 @@ import pytest
 from safetensors.numpy import load, save
 
 from brainfusion.alignment import Conditioner, GeneArray, GeneConditioner, GeneVectors
-from brainfusion.alignment.gene_conditioning import GeneArrays
-from brainfusion.alignment.gene_vectors import Gene
+from brainfusion.alignment.genes.conditioning import GeneArrays
+from brainfusion.alignment.genes.vectors import Gene
 from brainfusion.runtime.errors import UserError
 from tests.alignment.gene_cohort import gene_cohort
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from brainfusion.alignment.genes import GeneBatch, GeneTower, gene_shares
+from brainfusion.alignment.genes.tower import GeneBatch, GeneTower, gene_shares
 
 POOLS = ("mean", "max", "attention")
 

@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from brainfusion.alignment.grad_cache import average_gradients, cached_backward, call_order
-from brainfusion.alignment.losses import info_nce
+from brainfusion.alignment.finetuning.grad_cache import (
+    average_gradients,
+    cached_backward,
+    call_order,
+)
+from brainfusion.alignment.losses.info_nce import info_nce
 from brainfusion.alignment.model import AlignmentModel
 from tests.ranks import run_ranks
 

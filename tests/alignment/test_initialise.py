@@ -6,7 +6,7 @@ import torch
 
 from brainfusion.alignment import initialise as start_module
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.genes import GeneBatch
+from brainfusion.alignment.genes.tower import GeneBatch
 from brainfusion.alignment.initialise import Start, find_start, initialise
 from brainfusion.alignment.network import AlignmentModel
 from brainfusion.data.cca import cross_validated_cca, fold_of

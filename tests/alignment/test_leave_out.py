@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from brainfusion.alignment import AlignConfig, train
-from brainfusion.alignment.leave_out import without_each_gene
+from brainfusion.alignment.genes.leave_out import without_each_gene
 from brainfusion.eval.attribution import contributions, found
 from brainfusion.runtime.errors import UserError
 from tests.alignment.gene_cohort import GeneCohort, gene_cohort, roc_area

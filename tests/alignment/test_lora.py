@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from brainfusion import encoders
-from brainfusion.alignment.lora import (
+from brainfusion.alignment.finetuning.lora import (
     LowRank,
     add_lora,
     choose_trained,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from brainfusion.alignment.losses import contrastive_loss, info_nce, open_clip_losses
+from brainfusion.alignment.losses.info_nce import contrastive_loss, info_nce, open_clip_losses
 from tests.oracles.contrastive import info_nce_oracle, siglip_oracle
 
 

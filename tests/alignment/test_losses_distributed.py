@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from brainfusion.alignment.losses import contrastive_loss, info_nce
-from brainfusion.alignment.pair_ids import PairIds
+from brainfusion.alignment.losses.info_nce import contrastive_loss, info_nce
+from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.alignment.projector import Projector
 from brainfusion.runtime.errors import UserError
 from tests.oracles.contrastive import info_nce_of_matrix, siglip_oracle

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainfusion.alignment.losses import contrastive_loss, info_nce
-from brainfusion.alignment.pair_ids import PairIds
+from brainfusion.alignment.losses.info_nce import contrastive_loss, info_nce
+from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.runtime.errors import UserError
 from tests.oracles.contrastive import info_nce_oracle, relations
 
@@ -161,7 +161,7 @@ def test_gradients_with_ids_pass_gradcheck():
 
 
 def test_sites_one_after_another_leave_most_tiles_unmade(monkeypatch):
-    from brainfusion.alignment import tiles
+    from brainfusion.alignment.losses.info_nce import tiles
 
     made = []
     monkeypatch.setattr(tiles, "product", lambda x, y, half=False: made.append(1) or x @ y.T)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from brainfusion.alignment import tiles
-from brainfusion.alignment.losses import info_nce
+from brainfusion.alignment.losses import tiles
+from brainfusion.alignment.losses.info_nce import info_nce
 from tests.oracles.contrastive import info_nce_oracle
 
 
@@ -30,9 +30,9 @@ def test_no_matrix_of_all_pairs_is_ever_made_with_or_without_ids():
     # 8,000 pairs: the matrix would take 256 MB in float32, 64 MB as a mask.
     code = """
 import resource, torch
-from brainfusion.alignment import tiles
-from brainfusion.alignment.losses import info_nce
-from brainfusion.alignment.pair_ids import PairIds
+from brainfusion.alignment.losses.info_nce import tiles
+from brainfusion.alignment.losses.info_nce import info_nce
+from brainfusion.alignment.losses.pair_ids import PairIds
 torch.set_num_threads(1)
 tiles._KEPT_BYTES = {}
 n = 8_000

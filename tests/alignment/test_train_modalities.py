@@ -11,9 +11,9 @@ import torch
 
 from brainfusion.alignment import AlignConfig, AlignmentModel, load, train
 from brainfusion.alignment.batches import Batch, Batches, batch_rows, shared_rows
+from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.alignment.modalities import modality_pairs, side_mean, sides_of
 from brainfusion.alignment.objective import Objective
-from brainfusion.alignment.pair_ids import PairIds
 from brainfusion.alignment.prepare import related
 from brainfusion.alignment.validation import Validation, chance_level, pair_auc, uniformity
 from brainfusion.runtime.distributed import Ranks

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from brainfusion.alignment import AlignConfig, train
-from brainfusion.alignment.pair_ids import PairIds
+from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.runtime import checkpoint
 from brainfusion.runtime.errors import CheckpointError, NonFiniteError
 from brainfusion.runtime.logs import MetricsLog

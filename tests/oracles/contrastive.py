@@ -2,7 +2,7 @@
 
 import torch
 
-from brainfusion.alignment.pair_ids import PairIds
+from brainfusion.alignment.losses.pair_ids import PairIds
 
 
 def info_nce_oracle(

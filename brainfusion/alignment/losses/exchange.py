@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from brainfusion.alignment.peers import Peers
+from brainfusion.alignment.losses.peers import Peers
 
 ExchangeName = Literal["gather", "ring"]
 Task = Callable[[Tensor, int, Tensor | None], Tensor]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brainfusion.alignment.pair_ids import PairIds
-from brainfusion.alignment.peers import Peers
+from brainfusion.alignment.losses.pair_ids import PairIds
+from brainfusion.alignment.losses.peers import Peers
 
 
 @dataclass(frozen=True)

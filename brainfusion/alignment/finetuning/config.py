@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from brainfusion.alignment.lora import check_how
+from brainfusion.alignment.finetuning.lora import check_how
 from brainfusion.runtime.errors import UserError
 
 

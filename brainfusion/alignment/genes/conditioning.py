@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from brainfusion.alignment.conditioning import Conditioner, constant_columns, principal_axes
-from brainfusion.alignment.gene_vectors import Gene, GeneVectors
+from brainfusion.alignment.genes.vectors import Gene, GeneVectors
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.logs import say
 

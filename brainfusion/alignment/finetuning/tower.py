@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from brainfusion.alignment.affine import Affine
 from brainfusion.alignment.conditioning import Conditioner
-from brainfusion.alignment.finetune_config import FinetuneConfig
-from brainfusion.alignment.gene_vectors import GeneVectors
+from brainfusion.alignment.finetuning.affine import Affine
+from brainfusion.alignment.finetuning.config import FinetuneConfig
+from brainfusion.alignment.genes.vectors import GeneVectors
+from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.alignment.model import Alignment
 from brainfusion.alignment.network import AlignmentModel, as_inputs
-from brainfusion.alignment.pair_ids import PairIds
 from brainfusion.data.prefetch import Prefetch
 from brainfusion.runtime.distributed import Ranks, gather_rows
 

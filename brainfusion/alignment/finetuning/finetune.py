@@ -24,16 +24,20 @@ from torch import Tensor, nn
 
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.density_ratio import DensityRatio
-from brainfusion.alignment.finetune_config import FinetuneConfig
-from brainfusion.alignment.gene_conditioning import GeneConditioner
-from brainfusion.alignment.gene_vectors import GeneVectors
-from brainfusion.alignment.grad_cache import average_gradients, cached_backward, call_order
-from brainfusion.alignment.lora import ATTENTION, Trained, choose_trained, merge_lora
-from brainfusion.alignment.losses import info_nce
+from brainfusion.alignment.finetuning.config import FinetuneConfig
+from brainfusion.alignment.finetuning.grad_cache import (
+    average_gradients,
+    cached_backward,
+    call_order,
+)
+from brainfusion.alignment.finetuning.lora import ATTENTION, Trained, choose_trained, merge_lora
+from brainfusion.alignment.finetuning.tower import Tower, Towers, batch_of, kept_units, parts_of
+from brainfusion.alignment.genes.conditioning import GeneConditioner
+from brainfusion.alignment.genes.vectors import GeneVectors
+from brainfusion.alignment.losses.info_nce import info_nce
+from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.alignment.model import Alignment
 from brainfusion.alignment.network import AlignmentModel
-from brainfusion.alignment.pair_ids import PairIds
-from brainfusion.alignment.tower import Tower, Towers, batch_of, kept_units, parts_of
 from brainfusion.alignment.validation import chance_level, effective_rank, pair_auc, uniformity
 from brainfusion.data.prefetch import Prefetch
 from brainfusion.runtime import config as configs

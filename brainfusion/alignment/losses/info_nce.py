@@ -28,12 +28,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from brainfusion.alignment.candidates import find_candidates
-from brainfusion.alignment.exchange import ExchangeName, Gather, Ring
-from brainfusion.alignment.open_clip_losses import open_clip_loss, open_clip_losses
-from brainfusion.alignment.pair_ids import PairIds
-from brainfusion.alignment.peers import Peers, default_group, meet
-from brainfusion.alignment.tiles import (
+from brainfusion.alignment.losses.candidates import find_candidates
+from brainfusion.alignment.losses.exchange import ExchangeName, Gather, Ring
+from brainfusion.alignment.losses.open_clip import open_clip_loss, open_clip_losses
+from brainfusion.alignment.losses.pair_ids import PairIds
+from brainfusion.alignment.losses.peers import Peers, default_group, meet
+from brainfusion.alignment.losses.tiles import (
     HAS_CUDA_BFLOAT16,
     TILE,
     Kept,

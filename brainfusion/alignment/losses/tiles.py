@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brainfusion.alignment.candidates import Candidates, Places
+from brainfusion.alignment.losses.candidates import Candidates, Places
 
 TILE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of a tile."""

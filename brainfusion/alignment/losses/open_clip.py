@@ -11,7 +11,7 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from brainfusion.alignment.peers import default_group, meet
+from brainfusion.alignment.losses.peers import default_group, meet
 from brainfusion.runtime.errors import UserError
 
 

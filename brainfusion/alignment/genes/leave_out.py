@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from brainfusion.alignment.gene_conditioning import GeneConditioner
-from brainfusion.alignment.gene_vectors import Gene, GeneVectors
+from brainfusion.alignment.genes.conditioning import GeneConditioner
+from brainfusion.alignment.genes.vectors import Gene, GeneVectors
 from brainfusion.alignment.model import Alignment, as_inputs
 from brainfusion.runtime.errors import UserError
 

@@ -1,0 +1,1 @@
+"""The brain encoder in the graph of an alignment."""
