@@ -23,10 +23,10 @@ import numpy as np
 import polars as pl
 
 from brainfusion.data.oracle import inner_product_form
-from brainfusion.eval.comparison import compare_auroc, compare_retrieval
 from brainfusion.eval.power import best_auc, effect_of
-from brainfusion.eval.probes import probe
-from brainfusion.eval.retrieval import DIRECTIONS, retrieval_metrics
+from brainfusion.eval.probing.probes import probe
+from brainfusion.eval.retrieval.comparison import compare_auroc, compare_retrieval
+from brainfusion.eval.retrieval.metrics import DIRECTIONS, retrieval_metrics
 
 KS_P, COVER, POWER_POINTS = 0.01, (0.93, 0.97), 0.05
 N_PERMUTATIONS, N_BOOTSTRAP = 199, 1000

@@ -84,7 +84,7 @@ def labels(size: Size, *, falling: bool) -> np.ndarray:
 
 
 def ridge_ours(size: Size) -> tuple[float, dict[str, Any], str]:
-    from brainfusion.eval.estimators import RidgeProbe
+    from brainfusion.eval.probing.estimators import RidgeProbe
 
     x, y = features(size), targets(size)
     seconds, probe = timed(lambda: RidgeProbe(RIDGE_GRID, scaled=False).fit(x, y))
@@ -117,7 +117,7 @@ def ridge_theirs(size: Size) -> tuple[float, dict[str, Any], str]:
 def permutations_ours(size: Size) -> tuple[float, dict[str, Any], str]:
     import polars as pl
 
-    from brainfusion.eval.probes import probe
+    from brainfusion.eval.probing.probes import probe
 
     x, people = features(size), pl.DataFrame({"y": targets(size)[:, 0]})
     about = {"n_permutations": size.permutations, "n_bootstrap": 0, "penalties": RIDGE_GRID}
@@ -140,7 +140,7 @@ def permutations_theirs(size: Size) -> tuple[float, dict[str, Any], str]:
 
 
 def logistic_ours(size: Size, *, falling: bool) -> tuple[float, dict[str, Any], str]:
-    from brainfusion.eval.estimators import LogisticProbe
+    from brainfusion.eval.probing.estimators import LogisticProbe
 
     x, y = features(size, falling=falling), labels(size, falling=falling)
     seconds, probe = timed(lambda: LogisticProbe(LOGISTIC_GRID, scaled=False).fit(x, y))
@@ -176,7 +176,7 @@ def views(size: Size) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cca_ours(size: Size) -> tuple[float, dict[str, Any], str]:
-    from brainfusion.eval.cca_test import cca_test
+    from brainfusion.eval.cca_permutation import cca_test
 
     x, y = views(size)
     count = size.cca_ours

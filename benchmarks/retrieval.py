@@ -46,7 +46,7 @@ def pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(queries: np.ndarray, gallery: np.ndarray) -> dict[str, float]:
-    from brainfusion.eval.retrieval import retrieval_metrics
+    from brainfusion.eval.retrieval.metrics import retrieval_metrics
 
     found = retrieval_metrics(queries, gallery, tile=TILE)
     return {

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     run_dir = ensure_alignment(workspace, options.brain, dna_models(options.dna))
     cohort = workspace.open_cohort()
     targets = _targets(options, cohort.subjects)
-    from brainfusion.eval.probes import tidy
+    from brainfusion.eval.probing.probes import tidy
 
     dna = dna_models(options.dna)
     haplotypes = read_haplotypes(run_dir)
@@ -135,7 +135,7 @@ def _predict(
     Raises:
         UserError: A target that was asked for cannot be predicted, or none can.
     """
-    from brainfusion.eval.probes import Extras, TargetError, probe
+    from brainfusion.eval.probing.probes import Extras, TargetError, probe
 
     brain, connectome, dna, *_ = features
     extras = Extras(
@@ -185,7 +185,7 @@ def _targets(options: ProbeOptions, subjects: pl.DataFrame) -> list[str]:
 
 def _cca(options: ProbeOptions, pairs: Pairs) -> dict[str, Any]:
     """The permutation test of brain features against DNA vectors: nothing in it was trained."""
-    from brainfusion.eval.cca_test import cca_test
+    from brainfusion.eval.cca_permutation import cca_test
     from brainfusion.eval.design import covariate_matrix
 
     n, people = len(pairs.labels), pairs.people

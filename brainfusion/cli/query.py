@@ -27,7 +27,7 @@ def answer(
     Raises:
         UserError: Nobody of that id has a pair.
     """
-    from brainfusion.eval.index import RetrievalIndex
+    from brainfusion.eval.retrieval.index import RetrievalIndex
 
     searched = "brain" if query_from == "dna" else "dna"
     asking, gallery = (read_scores(run_dir, tower) for tower in (query_from, searched))

@@ -42,10 +42,10 @@ class ReportOptions:
 
 def main(argv: list[str]) -> int:
     """Write results.json and report.html, and print the verdict."""
-    from brainfusion.eval.model_card import write_model_card
-    from brainfusion.eval.report import write_report
-    from brainfusion.eval.tidy import write_tidy
-    from brainfusion.eval.verdict import verdict
+    from brainfusion.eval.report.model_card import write_model_card
+    from brainfusion.eval.report.page import write_report
+    from brainfusion.eval.report.tidy import write_tidy
+    from brainfusion.eval.report.verdict import verdict
 
     options = parse(ReportOptions, argv, prog="brainfusion report", description=__doc__ or "")
     workspace = Workspace.of(options.place)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 def _compare(options: ReportOptions, workspace: Workspace) -> int:
     """Set alignment runs side by side."""
-    from brainfusion.eval.report_compare import (
+    from brainfusion.eval.report.compare import (
         compare_runs,
         findings,
         read_alignment_runs,
@@ -91,8 +91,8 @@ def _compare(options: ReportOptions, workspace: Workspace) -> int:
 
 def _report_pretraining(folder: Path) -> int:
     """Draw one pretraining run, and print how it stands."""
-    from brainfusion.eval.pretraining_run import read_run
-    from brainfusion.eval.report_pretraining import status, write_pretraining_report
+    from brainfusion.eval.report.pretraining import status, write_pretraining_report
+    from brainfusion.eval.report.pretraining_run import read_run
 
     page = write_pretraining_report(folder)
     print("\n".join(status(read_run(folder))))

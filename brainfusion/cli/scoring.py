@@ -56,7 +56,7 @@ def score(
     score vectors, the score is their inner product, the log density ratio, and the cosine's metrics
     stand beside it. What the report draws of the test people is written to similarity.npz.
     """
-    from brainfusion.eval.retrieval import retrieval_metrics, stratified_auc
+    from brainfusion.eval.retrieval.metrics import retrieval_metrics, stratified_auc
 
     test = _test_people(run_dir, cohort)
     draws = {"n_permutations": n_permutations, "n_bootstrap": n_bootstrap, "seed": seed}
@@ -90,7 +90,7 @@ def _with_freely_exchanged(
     test: TestPeople, found: dict[str, Any], inference: dict[str, Any]
 ) -> dict[str, Any]:
     """Adds the naive p-value, of exchanging everybody with everybody, where that is another one."""
-    from brainfusion.eval.retrieval import retrieval_metrics
+    from brainfusion.eval.retrieval.metrics import retrieval_metrics
 
     families, blocks = inference["families"], inference["blocks"]
     within = [name for name in BLOCKS if name in test.people.columns]
@@ -109,7 +109,7 @@ def _with_freely_exchanged(
 
 
 def _strata(people: pl.DataFrame, families: list[str]) -> dict[str, Any]:
-    from brainfusion.eval.strata import standard_strata
+    from brainfusion.eval.retrieval.strata import standard_strata
 
     strata = standard_strata(people, families)
     if set(BLOCKS) <= set(people.columns):
@@ -244,8 +244,8 @@ def _control(found: dict[str, Any]) -> dict[str, Any]:
 
 def _write_figures(path: Path, test: TestPeople, *, seed: int) -> None:
     """What the report draws of the test people: scores, ranks, a map; no ids."""
-    from brainfusion.eval.ranking import rank_pairs
-    from brainfusion.eval.score_table import ScoreTable
+    from brainfusion.eval.retrieval.ranking import rank_pairs
+    from brainfusion.eval.retrieval.score_table import ScoreTable
 
     brain, dna = test.vectors
     n = len(brain)

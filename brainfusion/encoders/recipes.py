@@ -29,8 +29,8 @@ def recipe(model: str, preset: str, name: str | None = None) -> PretrainConfig:
     Args:
         model: An encoder.
         preset: One of its sizes.
-        name: "tiny" trains in little more than a minute on a core; "published" is the authors', in epochs,
-            which become steps once the cohort is known. By default that of the preset.
+        name: "tiny" trains in little more than a minute on a core; "published" is the authors',
+            in epochs, which become steps once the cohort is known. By default that of the preset.
 
     Raises:
         UserError: No such preset or recipe.

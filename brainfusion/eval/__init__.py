@@ -7,16 +7,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brainfusion.eval.index import RetrievalIndex
-    from brainfusion.eval.probes import probe
-    from brainfusion.eval.retrieval import retrieval_metrics
+    from brainfusion.eval.cca_permutation import cca_test
+    from brainfusion.eval.probing.estimators import LogisticProbe, RidgeProbe
+    from brainfusion.eval.probing.probes import Extras, probe
+    from brainfusion.eval.retrieval.index import RetrievalIndex
+    from brainfusion.eval.retrieval.metrics import retrieval_metrics
 
-__all__ = ["RetrievalIndex", "probe", "retrieval_metrics"]
+__all__ = [
+    "Extras",
+    "LogisticProbe",
+    "RetrievalIndex",
+    "RidgeProbe",
+    "cca_test",
+    "probe",
+    "retrieval_metrics",
+]
 
 _HOME = {
-    "RetrievalIndex": "brainfusion.eval.index",
-    "probe": "brainfusion.eval.probes",
-    "retrieval_metrics": "brainfusion.eval.retrieval",
+    "Extras": "brainfusion.eval.probing.probes",
+    "LogisticProbe": "brainfusion.eval.probing.estimators",
+    "RidgeProbe": "brainfusion.eval.probing.estimators",
+    "cca_test": "brainfusion.eval.cca_permutation",
+    "RetrievalIndex": "brainfusion.eval.retrieval.index",
+    "probe": "brainfusion.eval.probing.probes",
+    "retrieval_metrics": "brainfusion.eval.retrieval.metrics",
 }
 
 

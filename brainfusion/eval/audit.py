@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 
 from brainfusion.eval.design import group_folds
-from brainfusion.eval.linear import FeatureSpace, ridge_out_of_fold
+from brainfusion.eval.probing.linear import FeatureSpace, ridge_out_of_fold
 from brainfusion.eval.statistics import family_codes
 from brainfusion.runtime.errors import UserError
 

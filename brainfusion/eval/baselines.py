@@ -18,7 +18,7 @@ import numpy as np
 
 from brainfusion.data.oracle import pmi_scores
 from brainfusion.data.recordings import Recordings
-from brainfusion.eval.retrieval import metrics_from_scores
+from brainfusion.eval.retrieval.metrics import metrics_from_scores
 from brainfusion.eval.statistics import Labels
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.threads import one_thread

@@ -10,7 +10,7 @@ import pytest
 
 from brainfusion.cli import main
 from brainfusion.data.features import read_features, write_features
-from brainfusion.eval.retrieval import retrieval_metrics
+from brainfusion.eval.retrieval.metrics import retrieval_metrics
 from brainfusion.runtime.files import read_json
 from tests.cli.conftest import BRIEF
 

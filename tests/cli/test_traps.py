@@ -10,7 +10,7 @@ from brainfusion.cli import main
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import write_features
 from brainfusion.eval.baselines import connectome
-from brainfusion.eval.verdict import verdict
+from brainfusion.eval.report.verdict import verdict
 from brainfusion.runtime.files import read_json
 
 pytestmark = pytest.mark.slow

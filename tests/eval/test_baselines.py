@@ -15,7 +15,7 @@ from brainfusion.eval.baselines import (
     fill_missing,
     held_out_correlations,
 )
-from brainfusion.eval.retrieval import metrics_from_scores, retrieval_metrics
+from brainfusion.eval.retrieval.metrics import metrics_from_scores, retrieval_metrics
 from brainfusion.runtime.errors import UserError
 
 

@@ -3,7 +3,7 @@ import pytest
 from sklearn import cross_decomposition
 
 from brainfusion.data.cca import fit_cca
-from brainfusion.eval.cca_test import _rotated, _whitened, cca_test, theil, trailing
+from brainfusion.eval.cca_permutation import _rotated, _whitened, cca_test, theil, trailing
 from brainfusion.runtime.errors import UserError
 
 

@@ -4,7 +4,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from brainfusion.eval.estimators import LogisticProbe, RidgeProbe
+from brainfusion.eval.probing.estimators import LogisticProbe, RidgeProbe
 
 GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
 

@@ -6,8 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainfusion.eval.drawing import BLUE
-from brainfusion.eval.forest import ForestRow, Mark, ceiling_marks, forest, key, scale_of, symbols
+from brainfusion.eval.report.drawing import BLUE
+from brainfusion.eval.report.forest import (
+    ForestRow,
+    Mark,
+    ceiling_marks,
+    forest,
+    key,
+    scale_of,
+    symbols,
+)
 
 
 def value_at(scale, percent: float) -> float:

@@ -3,8 +3,8 @@ import polars as pl
 import pytest
 
 from brainfusion.data.oracle import inner_product_form
-from brainfusion.eval import index as module
-from brainfusion.eval.index import RetrievalIndex
+from brainfusion.eval.retrieval import index as module
+from brainfusion.eval.retrieval.index import RetrievalIndex
 from brainfusion.runtime.errors import UserError
 
 

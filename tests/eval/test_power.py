@@ -14,7 +14,7 @@ from brainfusion.eval.power import (
     plan,
     smallest_detectable_auc,
 )
-from brainfusion.eval.retrieval import retrieval_metrics
+from brainfusion.eval.retrieval.metrics import retrieval_metrics
 from brainfusion.runtime.errors import UserError
 
 

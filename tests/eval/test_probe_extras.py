@@ -16,20 +16,20 @@ from sklearn.metrics import (
 from sklearn.metrics import log_loss as reference_log_loss
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-from brainfusion.eval.knn import Neighbours, NeighbourSearch
-from brainfusion.eval.learning_curve import learners_of
-from brainfusion.eval.linear import FeatureSpace, RidgeSearch
-from brainfusion.eval.logistic import probabilities
-from brainfusion.eval.probe_jobs import People
-from brainfusion.eval.probe_metrics import (
+from brainfusion.eval.probing.jobs import People
+from brainfusion.eval.probing.knn import Neighbours, NeighbourSearch
+from brainfusion.eval.probing.learning_curve import learners_of
+from brainfusion.eval.probing.linear import FeatureSpace, RidgeSearch
+from brainfusion.eval.probing.logistic import probabilities
+from brainfusion.eval.probing.metrics import (
     class_metrics,
     continuous_metrics,
     cox_calibration,
     fold_average_precision,
     reliability,
 )
-from brainfusion.eval.probes import Extras, probe, tidy
-from brainfusion.eval.stacking import stacked
+from brainfusion.eval.probing.probes import Extras, probe, tidy
+from brainfusion.eval.probing.stacking import stacked
 from brainfusion.runtime.errors import UserError
 
 RNG = np.random.default_rng

@@ -6,10 +6,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from brainfusion.eval.design import covariate_matrix, group_folds
-from brainfusion.eval.linear import FeatureSpace, RidgeSearch, ridge_out_of_fold
-from brainfusion.eval.logistic import LogisticSearch, logistic_fit, residualised
-from brainfusion.eval.probe_metrics import fold_auroc
-from brainfusion.eval.probes import SCHEMA, probe
+from brainfusion.eval.probing.linear import FeatureSpace, RidgeSearch, ridge_out_of_fold
+from brainfusion.eval.probing.logistic import LogisticSearch, logistic_fit, residualised
+from brainfusion.eval.probing.metrics import fold_auroc
+from brainfusion.eval.probing.probes import SCHEMA, probe
 from brainfusion.runtime.errors import UserError
 
 GRID = np.array([0.1, 1.0, 10.0, 100.0, 1000.0])

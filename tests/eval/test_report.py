@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brainfusion.eval import figures
-from brainfusion.eval.report import page, write_report
-from brainfusion.eval.report_parts import bars, seconds_text, significant, table
-from brainfusion.eval.report_tables import cohort_section, flat
-from brainfusion.eval.verdict import PRETRAINED, UNTRAINED
+from brainfusion.eval.report import figures
+from brainfusion.eval.report.page import page, write_report
+from brainfusion.eval.report.parts import bars, seconds_text, significant, table
+from brainfusion.eval.report.tables import cohort_section, flat
+from brainfusion.eval.report.verdict import PRETRAINED, UNTRAINED
 from brainfusion.runtime.errors import UserError
 from tests.eval.example_results import IDS, N_TEST, save, write_example
 
@@ -428,7 +428,7 @@ def test_times_read_as_times():
 
 def test_report_is_made_without_torch_pyplot_and_warnings(run):
     code = (
-        "import sys, json; from pathlib import Path; from brainfusion.eval.report import "
+        "import sys, json; from pathlib import Path; from brainfusion.eval.report.page import "
         f"write_report; write_report(Path({str(run[0])!r}), Path({str(run[0] / 'again.html')!r}));"
         "print(json.dumps([m for m in ('torch', 'matplotlib.pyplot', 'pandas') if m in "
         "sys.modules]))"

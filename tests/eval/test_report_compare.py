@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from brainfusion.data.features import write_features
-from brainfusion.eval.report_compare import (
+from brainfusion.eval.report.compare import (
     compare_runs,
     comparison_page,
     findings,
     read_alignment_runs,
     short_names,
 )
-from brainfusion.eval.retrieval import retrieval_metrics
+from brainfusion.eval.retrieval.metrics import retrieval_metrics
 from brainfusion.runtime.errors import UserError
 
 N = 120

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from brainfusion.cli import main
-from brainfusion.eval.pretraining_run import alarms, interpolated_r2, probed, read_run
-from brainfusion.eval.report_pretraining import pretraining_page, status, write_pretraining_report
+from brainfusion.eval.report.pretraining import pretraining_page, status, write_pretraining_report
+from brainfusion.eval.report.pretraining_run import alarms, interpolated_r2, probed, read_run
 from brainfusion.runtime.errors import UserError
 from tests.eval.test_report import check
 

@@ -7,8 +7,8 @@ import numpy as np
 import polars as pl
 
 from brainfusion.cli.probe import _rows
-from brainfusion.eval.probes import Extras, probe
-from brainfusion.eval.report_probes import probes_section
+from brainfusion.eval.probing.probes import Extras, probe
+from brainfusion.eval.report.probes import probes_section
 
 
 @cache

@@ -5,8 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainfusion.data.oracle import inner_product_form, pmi_scores
-from brainfusion.eval import retrieval
-from brainfusion.eval.retrieval import metrics_from_scores, retrieval_metrics, stratified_auc
+from brainfusion.eval.retrieval import metrics as retrieval
+from brainfusion.eval.retrieval.metrics import (
+    metrics_from_scores,
+    retrieval_metrics,
+    stratified_auc,
+)
 from brainfusion.eval.statistics import block_permutations
 from brainfusion.runtime.errors import UserError
 from tests.oracles import retrieval as oracle

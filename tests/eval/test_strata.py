@@ -1,8 +1,8 @@
 import numpy as np
 import polars as pl
 
-from brainfusion.eval.retrieval import stratified_auc
-from brainfusion.eval.strata import sex_age_bands, standard_strata, unrelated
+from brainfusion.eval.retrieval.metrics import stratified_auc
+from brainfusion.eval.retrieval.strata import sex_age_bands, standard_strata, unrelated
 
 
 def test_bands_join_sex_and_five_years_and_leave_out_the_unknown() -> None:

@@ -8,8 +8,8 @@ from importlib.resources import files
 import polars as pl
 from jsonschema import Draft202012Validator
 
-from brainfusion.eval.model_card import model_card
-from brainfusion.eval.tidy import SCHEMA, tidy, write_tidy
+from brainfusion.eval.report.model_card import model_card
+from brainfusion.eval.report.tidy import SCHEMA, tidy, write_tidy
 from tests.eval.example_results import IDS, write_example
 
 
@@ -56,7 +56,9 @@ def test_the_card_says_what_was_found_and_what_was_not_measured(tmp_path):
 
 
 def schema() -> dict:
-    text = files("brainfusion.eval").joinpath("results.schema.json").read_text(encoding="utf-8")
+    text = (
+        files("brainfusion.eval.report").joinpath("results.schema.json").read_text(encoding="utf-8")
+    )
     return json.loads(text)
 
 

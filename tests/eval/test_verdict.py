@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from brainfusion.eval.rows import (
+from brainfusion.eval.report.rows import (
     base_name,
     by_name,
     is_confounds,
@@ -14,7 +14,7 @@ from brainfusion.eval.rows import (
     rounded,
     with_interval,
 )
-from brainfusion.eval.verdict import (
+from brainfusion.eval.report.verdict import (
     PRETRAINED,
     UNTRAINED,
     best_baseline,

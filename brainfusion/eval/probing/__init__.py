@@ -1,0 +1,1 @@
+"""Probes: nested cross-validated linear and k-nearest-neighbour models of targets."""

@@ -1,0 +1,1 @@
+"""Pages, figures, sentences and tables made from results."""

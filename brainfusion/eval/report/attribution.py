@@ -1,0 +1,84 @@
+"""The report's section on what retrieval rests on: genes, networks, parcels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from brainfusion.eval.report import figures_attribution as figures
+from brainfusion.eval.report.parts import figure, folded, missing, table
+
+Row = Mapping[str, Any]
+
+KINDS = {"genes": "gene", "networks": "network", "parcels": "parcel"}
+"""What may be hidden, and what one of them is called."""
+_SHOWN = 20
+
+
+def attribution_section(attribution: Row) -> str:
+    """All tables of `attribution.json`, each with its figures."""
+    kinds = [kind for kind in KINDS if attribution.get(kind)]
+    if not kinds:
+        return missing("Nobody has asked which genes and networks count.", "attribute")
+    how = (
+        "trained again without it"
+        if attribution.get("retrained")
+        else "hidden from the trained model"
+    )
+    text = (
+        "<p>Each line: how much AUC the test people's retrieval loses with one unit hidden "
+        f"(genes: {how}; networks and parcels: their signal made flat, recordings embedded again). "
+        f"{attribution['n_people']:,} test people; intervals by a bootstrap of families, p by a "
+        "signed-rank test over families, corrected within the table (FDR). Units that carry the "
+        "same thing cover for each other.</p>\n"
+    )
+    return text + "".join(_kind(kind, attribution[kind]) for kind in kinds)
+
+
+def summary(kind: str, rows: Sequence[Row]) -> str:
+    """One sentence: which units matter."""
+    kept = [str(row["unit"]) for row in rows if row["q_value"] < 0.05 and row["drop"] > 0]
+    if not kept:
+        return f"No {KINDS[kind]} matters by itself ({len(rows)} tested, FDR 5%)."
+    names = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
+    return f"{len(kept)} of {len(rows)} {kind} matter (FDR 5%): {names}."
+
+
+def _kind(kind: str, facts: Row) -> str:
+    rows = facts["rows"]
+    sentence = summary(kind, rows)
+    drawn = figures.drops(rows[:_SHOWN], name=f"attribution-{kind}", label=sentence)
+    more = f" The {_SHOWN} largest of {len(rows)}." if len(rows) > _SHOWN else ""
+    text = f"<h3>{kind.capitalize()}</h3>\n" + figure(drawn, sentence + more)
+    if facts.get("xyz_mm"):
+        values = _of_parcels(kind, facts)
+        where = figures.glass_brain(
+            np.asarray(facts["xyz_mm"], dtype=float),
+            values,
+            name=f"glass-{kind}",
+            label=f"Glass brain: AUC lost when a {KINDS[kind]} is hidden. {sentence}",
+        )
+        caption = (
+            "Parcels at their centroids; size and strength of colour: AUC lost when the "
+            f"{KINDS[kind]} is hidden (blue: lost, vermillion: gained)."
+        )
+        text += figure(where, caption)
+    heading = [KINDS[kind].capitalize(), "AUC lost", "95% interval", "p", "q (FDR)"]
+    body = [
+        [
+            str(row["unit"]),
+            f"{row['drop']:+.4f}",
+            f"{row['ci_low']:+.4f} to {row['ci_high']:+.4f}",
+            f"{row['p_value']:.3g}",
+            f"{row['q_value']:.3g}",
+        ]
+        for row in rows
+    ]
+    return text + folded(f"All {len(rows)} {kind}", table(heading, body))
+
+
+def _of_parcels(kind: str, facts: Row) -> np.ndarray:
+    """The drop of each parcel, or of the network it belongs to: float64 [p]."""
+    drop = {row["unit"]: row["drop"] for row in facts["rows"]}
+    units = facts["parcels"] if kind == "parcels" else facts["networks"] or []
+    return np.array([drop.get(unit, 0.0) for unit in units])
