@@ -211,9 +211,10 @@ def print_table(rows: list[dict]) -> None:
     print(f"{'cohort':<8} {'n':>6} {'method':<38} {'AUC share':>15} {'R@1 share':>15}", end="")
     print(f" {'R@1':>6} {'median rank':>12} {'CPU s':>7} {'seeds':>6}")
     for cohort, n, method in keys:
-        own = [
+        same = (
             row for row in rows if (row["cohort"], row["n"], row["method"]) == (cohort, n, method)
-        ]
+        )
+        own = list({row["seed"]: row for row in same}.values())
         text = f"{cohort:<8} {n:>6} {method:<38}"
         for key in ("auc_share", "recall_share"):
             values = np.array([row[key] for row in own])

@@ -111,7 +111,6 @@ def test_a_wrong_word_is_named_with_what_was_expected(call, words, says, tmp_pat
         ("retrieve --brain brainlm", "run 'brainfusion align --brain brainlm --dna evo2"),
         ("retrieve --query nobody", "there is no person 'nobody' among the 120 pairs"),
         ("probe --targets agee", "has no column 'agee'. Did you mean 'age'?"),
-        ("probe --targets site", "target 'site' has 3 labels"),
         ("probe --targets age --confounds agee", "confound 'agee' is no column"),
         ("probe --targets age --n-folds 1", "n_folds=1"),
         ("probe --targets age --n-folds 99", "for 99 folds"),

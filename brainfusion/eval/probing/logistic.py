@@ -1,7 +1,7 @@
 """L2 logistic models of two or more classes in batched form: all penalties, targets, permutations.
 
 The loss is minimised by majorisation in the eigenbasis of the training set
-(`brainfusion.eval.probing.linear`): with T'T = diag(lam) its Hessian is at most diag(lam / 4 + a) for two
+(`eval.probing.linear`): with T'T = diag(lam) its Hessian is at most diag(lam / 4 + a) for two
 classes (Bohning and Lindsay 1988) and diag(lam / 2 + a) for more (Bohning 1992), which
 preconditions all columns at once; accelerated, with restarts (O'Donoghue and Candes 2015). The
 number of steps does not grow on ill-conditioned features.
