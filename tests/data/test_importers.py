@@ -484,3 +484,10 @@ def test_an_atlas_file_travels_into_the_cohort(source, bold):
     write_npy(source, bold)
     import_cohort(config(source, atlas=source.parent / "full.json"))
     assert Cohort.open(source.parent / "cohort").atlas.to_dict() == full.to_dict()
+
+
+def test_a_parcel_that_is_infinite_throughout_is_refused_and_not_taken_for_constant(
+    source, atlas, bold
+):
+    write_npy(source, {**bold, "010": np.where(np.arange(4)[:, None] == 2, np.inf, bold["010"])})
+    refused(config(source, atlas=atlas), "recording '010.*' has 12 infinite values")

@@ -22,8 +22,11 @@ def load_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
+        # Of numpy's words only the first sentence: the next is how to run what a pickle holds.
+        reason = str(error).split(". ")[0].rstrip(".")
         raise UserError(
-            f"{path} is not a whole .npy array of numbers ({error}): save it again with numpy.save."
+            f"{path} is not a whole .npy array of numbers ({reason}): save it again with "
+            "numpy.save."
         ) from error
 
 

@@ -193,7 +193,8 @@ def to_atlas(
     missing = np.isnan(bold).all(axis=1)
     constant = np.zeros_like(missing)
     if config.constant_as_missing:
-        constant = ~missing & (bold == bold[:, :1]).all(axis=1)
+        # Infinite throughout is no constant signal: it is refused with the recording's name.
+        constant = np.isfinite(bold[:, 0]) & (bold == bold[:, :1]).all(axis=1)
         bold[constant] = np.nan
     facts = Facts(
         orientation=orientation,

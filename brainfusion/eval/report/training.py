@@ -30,6 +30,10 @@ MEANINGS = {
         "R2 of linear interpolation in time",
         "of the hidden values from the visible ones of the same parcel",
     ),
+    "neighbours_r2": (
+        "R2 of the nearest visible parcels",
+        "of hidden values from 8 of them at the same time, the nearer the more",
+    ),
     "feature_std": (
         "spread of the features",
         "standard deviation between recordings; falling towards 0 is collapse",
@@ -136,13 +140,16 @@ def _alignment_figures(alignment: Row, workspace: Path) -> list[str]:
         return []
     brain, dna = (escape(str(alignment.get(key))) for key in ("brain", "dna"))
     label = "Loss of the alignment, with log N, the loss of guessing."
-    drawn = [
-        figure(
-            figures.losses(rows, name="loss-align", label=label, best_step=best),
-            f"Alignment of <b>{brain}</b> and <b>{dna}</b>. A loss at log N is that of "
-            "guessing among N people.",
+    drawn = []
+    # Closed-form methods have no loss: their rows are candidates.
+    if any(math.isfinite(number(row, "loss")) for row in rows):
+        drawn.append(
+            figure(
+                figures.losses(rows, name="loss-align", label=label, best_step=best),
+                f"Alignment of <b>{brain}</b> and <b>{dna}</b>. A loss at log N is that of "
+                "guessing among N people.",
+            )
         )
-    ]
     if any(math.isfinite(number(row, "validation_auc")) for row in rows):
         drawn.append(
             figure(
