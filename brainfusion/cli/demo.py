@@ -146,6 +146,7 @@ def _plan(options: DemoOptions, root: Path) -> list[list[Stage]]:
             Stage("retrieve", ["retrieve", *pair, *place], align / "retrieval.json"),
             Stage("probe", ["probe", *pair, *place], root / "probes.json"),
         ],
+        [Stage("attribute", ["attribute", *pair, *place], align / "attribution.json")],
         [Stage("report", ["report", *pair, *place], root / "report.html")],
     ]
 

@@ -305,6 +305,7 @@ def on_rank(rank: int, world_size: int, start: Path, folder: Path) -> tuple[list
     return losses(folder), tower.module.state_dict()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(starts, tmp_path):
     """An odd batch of people, dropout on: shares of 51 and 50."""
     alone = on_rank(0, 1, starts / "dropout", tmp_path / "alone")

@@ -233,6 +233,7 @@ def _fit_on_a_rank(rank: int, world_size: int, folder: str) -> tuple[bytes, dict
     return result.alignment.embed_brain(features["brain"]).tobytes(), result.summary
 
 
+@pytest.mark.slow
 def test_every_rank_has_what_one_process_finds(tmp_path):
     (one, summary), (other, _) = run_ranks(_fit_on_a_rank, str(tmp_path / "two"))
     features, labels = cohort()

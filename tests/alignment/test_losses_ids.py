@@ -161,7 +161,7 @@ def test_gradients_with_ids_pass_gradcheck():
 
 
 def test_sites_one_after_another_leave_most_tiles_unmade(monkeypatch):
-    from brainfusion.alignment.losses.info_nce import tiles
+    from brainfusion.alignment.losses import tiles
 
     made = []
     monkeypatch.setattr(tiles, "product", lambda x, y, half=False: made.append(1) or x @ y.T)

@@ -30,7 +30,7 @@ def test_no_matrix_of_all_pairs_is_ever_made_with_or_without_ids():
     # 8,000 pairs: the matrix would take 256 MB in float32, 64 MB as a mask.
     code = """
 import resource, torch
-from brainfusion.alignment.losses.info_nce import tiles
+from brainfusion.alignment.losses import tiles
 from brainfusion.alignment.losses.info_nce import info_nce
 from brainfusion.alignment.losses.pair_ids import PairIds
 torch.set_num_threads(1)

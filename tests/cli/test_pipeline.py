@@ -268,10 +268,11 @@ def test_a_phenotype_that_cannot_be_predicted_is_left_out_unless_asked_for(
     work = shutil.copytree(site.workspace, tmp_path / "work")
     place = ("--cohort", copy, "--workspace", work)
     said = done("probe", *BRIEF, *place)
-    assert "left out: target 'colour' has 120 labels" in said.err
+    assert re.search(r"left out: target 'colour' has \d+ labels", said.err)
     assert "left out: target 'rare' has" in said.err
     assert {row["target"] for row in read_json(work / "probes.json")} == {"sex"}
-    assert "'colour' has 120 labels" in call("probe", "--targets", "colour", *BRIEF, *place).error
+    refused = call("probe", "--targets", "colour", *BRIEF, *place).error
+    assert re.search(r"'colour' has \d+ labels: expected numbers or at most 20", refused)
 
 
 def test_an_earlier_runs_config_gives_the_same_alignment(site, done, tmp_path):
