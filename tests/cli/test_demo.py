@@ -10,6 +10,7 @@ SIZES = {
     "align": ("--max-steps", 5),
     "retrieve": BRIEF,
     "probe": ("--targets", "age", *BRIEF),
+    "attribute": ("--what", "genes", "--bootstrap", 9),
 }
 """What makes the demo's own commands small."""
 ORDER = [
@@ -22,6 +23,7 @@ ORDER = [
     "align",
     "retrieve",
     "probe",
+    "attribute",
     "report",
 ]
 
@@ -86,7 +88,8 @@ def test_a_second_demo_does_not_redo_what_is_finished(runner, done, tmp_path, mo
     runner.pretend = True
     (root / "features" / "brainlm.parquet").unlink()
     done("demo", "--n-people", 100)
-    assert runner.take() == ["embed brainlm", "align", "retrieve", "probe", "report"]
+    again = ["embed brainlm", "align", "retrieve", "probe", "attribute", "report"]
+    assert runner.take() == again
 
     # Another version trains anew: it would refuse to go on from the run of another recipe.
     monkeypatch.setattr(demo, "__version__", "99")
