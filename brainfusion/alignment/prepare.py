@@ -284,7 +284,12 @@ def related(ids: "PairIds | None") -> np.ndarray | None:
     return connected_components(graph, directed=False)[1][:n].astype(np.int64)
 
 
-def make_optimizer(model: AlignmentModel, config: AlignConfig) -> torch.optim.AdamW:
+def peak_lr(config: AlignConfig, *, closed_form: bool) -> float:
+    """The learning rate that is asked for, or what suits where the projectors start."""
+    return config.lr or (3e-4 if closed_form else 1e-3)
+
+
+def make_optimizer(model: AlignmentModel, config: AlignConfig, lr: float) -> torch.optim.AdamW:
     """AdamW with decay for matrices alone; each group's `relative_lr` multiplies the schedule."""
     # The logits of genes have a long way to go in few steps, and nothing to be decayed to but the
     # even attention that they start from: early stopping holds them.
@@ -294,7 +299,7 @@ def make_optimizer(model: AlignmentModel, config: AlignConfig) -> torch.optim.Ad
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": attention, "weight_decay": 0.0, "relative_lr": config.attention_lr / config.lr},
+        {"params": attention, "weight_decay": 0.0, "relative_lr": config.attention_lr / lr},
     ]
     groups = [{"relative_lr": 1.0, **group} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))

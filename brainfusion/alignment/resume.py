@@ -50,6 +50,23 @@ class Progress:
     facts: dict[str, Any] = field(default_factory=dict)
     """What was found at the start, for the summary."""
 
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Take a step's row into account."""
+        self.step = row["step"]
+        self.least_loss = _least(self.least_loss, row["loss"])
+        self.least_share = _least(self.least_share, row["loss_over_log_n"])
+
+    def keep(self, row: Mapping[str, Any], model: nn.Module) -> None:
+        """Take a look's row and the weights as they are for the best so far."""
+        self.note(row)
+        self.best = dict(row)
+        self.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def _least(known: float | None, value: float | None) -> float | None:
+    """The lesser of two numbers, either of which may not be known."""
+    return min((x for x in (known, value) if x is not None), default=None)
+
 
 def facts_of(
     features: Mapping[str, np.ndarray | GeneVectors],

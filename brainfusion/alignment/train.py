@@ -22,7 +22,8 @@ from brainfusion.alignment.finetuning.grad_cache import average_gradients
 from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.alignment.modalities import modality_pairs
 from brainfusion.alignment.model import Alignment
-from brainfusion.alignment.objective import Objective
+from brainfusion.alignment.network import AlignmentModel
+from brainfusion.alignment.objective import BatchLoss, Objective
 from brainfusion.alignment.outcome import describe, fit_head, sentence
 from brainfusion.alignment.prepare import (
     check,
@@ -31,6 +32,7 @@ from brainfusion.alignment.prepare import (
     fit_conditioners,
     make_model,
     make_optimizer,
+    peak_lr,
     start,
 )
 from brainfusion.alignment.resume import Progress
@@ -142,8 +144,9 @@ def train(
         # -- model ---------------------------------------------------------------------------
         torch.manual_seed(config.seed)
         model = make_model(config, conditioners).to(ranks.device)
-        optimizer = make_optimizer(model, config)
         training, begun = start(model, training, config, ranks, fresh=stopped is None)
+        peak = peak_lr(config, closed_form=bool(begun))
+        optimizer = make_optimizer(model, config, peak)
         progress = Progress(facts=begun)
         if stopped is not None:
             progress = stopped.progress
@@ -157,6 +160,14 @@ def train(
         )
         line = logs.Progress("align", config.max_steps, start=progress.step, active=ranks.is_main)
         metric = METRICS[config.early_stopping]
+        if begun and not progress.step:
+            # The closed form is a result already: training has to beat it.
+            people, batch = batches.at(1)
+            with torch.no_grad():
+                loss = objective(model.eval(), batch, people, {})
+            row = _row(0, _agree(loss.value, False, ranks)[0], loss, model, config) | look(model)
+            progress.keep(row, model)
+            log.write(**row)
 
         # -- the loop ------------------------------------------------------------------------
         signals = StopSignals()
@@ -167,7 +178,7 @@ def train(
                     break
                 begin = time.monotonic()
                 lr = warmup_cosine(
-                    step, start=0.0, peak=config.lr, end=0.0, n_warmup=config.warmup_steps,
+                    step, start=0.0, peak=peak, end=0.0, n_warmup=config.warmup_steps,
                     n_steps=config.max_steps + 1,
                 )  # fmt: skip
                 for group in optimizer.param_groups:
@@ -186,29 +197,16 @@ def train(
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"the loss is {value} at step {step}: expected a finite number. Use a "
-                        f"smaller lr than {config.lr}, or check the features for extreme values."
+                        f"smaller lr than {peak}, or check the features for extreme values."
                     )
-                share = value / loss.chance if config.loss != "siglip" and loss.chance else None
-                row: dict[str, Any] = {
-                    "step": step,
-                    "loss": value,
-                    "log_n": loss.chance,
-                    "loss_over_log_n": share,
-                    "logit_scale": float(model.logit_scale.detach()),
-                    "logit_scale_bounds": [config.min_scale, config.max_scale],
-                    "lr": lr,
-                    "pairs_per_s": loss.n_pairs / (time.monotonic() - begin),
-                }
-                progress.step = step
-                progress.least_loss = least(progress.least_loss, value)
-                progress.least_share = least(progress.least_share, share)
+                seconds = time.monotonic() - begin
+                row = _row(step, value, loss, model, config, lr=lr, seconds=seconds)
+                progress.note(row)
                 last = step == config.max_steps
                 if step % config.eval_every == 0 or last:
                     row |= look(model)
                     if not best or row[metric] > best[metric]:
-                        weights = model.state_dict().items()
-                        progress.best = dict(row)
-                        progress.best_weights = {k: v.detach().clone() for k, v in weights}
+                        progress.keep(row, model)
                 log.write(**row)
                 auc = progress.best.get("validation_auc", 0.0)
                 line.update(step, f"loss {value:.3f}, validation AUC {auc:.3f}")
@@ -244,9 +242,27 @@ def train(
     return TrainResult(alignment=alignment, summary=summary, run_dir=run_dir)
 
 
-def least(known: float | None, value: float | None) -> float | None:
-    """The lesser of two numbers, either of which may not be known."""
-    return min((x for x in (known, value) if x is not None), default=None)
+def _row(
+    step: int,
+    value: float,
+    loss: BatchLoss,
+    model: AlignmentModel,
+    config: AlignConfig,
+    *,
+    lr: float = 0.0,
+    seconds: float = math.inf,
+) -> dict[str, Any]:
+    """A row of metrics.jsonl."""
+    return {
+        "step": step,
+        "loss": value,
+        "log_n": loss.chance,
+        "loss_over_log_n": value / loss.chance if config.loss != "siglip" and loss.chance else None,
+        "logit_scale": float(model.logit_scale.detach()),
+        "logit_scale_bounds": [config.min_scale, config.max_scale],
+        "lr": lr,
+        "pairs_per_s": loss.n_pairs / seconds,
+    }
 
 
 def _agree(loss: torch.Tensor, stop: bool, ranks: Ranks) -> tuple[float, bool]:

@@ -15,6 +15,7 @@ from tests.alignment.gene_cohort import GeneCohort, gene_cohort, roc_area
 TINY = AlignConfig(
     dim_hidden=32, dim_out=16, gene_width=16, gene_components=5, n_components=16, max_steps=6,
     eval_every=3, warmup_steps=2, dna_pool="attention",
+    shrinkage=0.3, dropout=0.1,
 )  # fmt: skip
 FINDS = replace(TINY, dim_hidden=128, dim_out=64, gene_width=64, max_steps=60, eval_every=5)
 POOLS = ("concat", "mean", "max", "attention")

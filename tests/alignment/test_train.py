@@ -77,7 +77,7 @@ def test_a_run_folder_holds_config_metrics_summary_and_model(tmp_path):
         assert 1.0 <= row["logit_scale"] <= 100.0
         assert row["logit_scale_bounds"] == [1.0, 100.0]
         assert row["pairs_per_s"] > 0
-        assert 0 <= row["lr"] <= TINY.lr
+        assert 0 <= row["lr"] <= 1e-3  # from a random start
     for row in looks:
         assert 0 < row["validation_alignment"] < 4
         assert -8 < row["validation_uniformity"] < 0
@@ -193,7 +193,7 @@ def test_input_that_does_not_fit_is_refused_in_one_line(tmp_path, spoil, message
 
 
 def test_settings_out_of_range_are_refused():
-    for wrong in ({"lr": 0.0}, {"dropout": 1.0}, {"init_scale": 200.0}, {"batch_size": -1}):
+    for wrong in ({"lr": -1.0}, {"dropout": 1.0}, {"init_scale": 200.0}, {"batch_size": -1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             AlignConfig(**wrong)
 
@@ -311,7 +311,8 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
             ]
             for n in (1, 2)
         )
-        assert len(one) == len(two) == 12
+        has_start = one[0]["step"] == 0  # the closed form, before the first step
+        assert len(one) == len(two) == 12 + has_start
         for a, b in zip(one, two, strict=True):
             # float32 sums in another order
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)

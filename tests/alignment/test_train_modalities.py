@@ -372,7 +372,8 @@ def test_pair_auc_leaves_out_who_is_no_negative():
 @pytest.mark.parametrize("metric", ["auc", "information"])
 def test_training_stops_by_the_metric_that_was_asked_for(tmp_path, metric):
     features, _, labels = views(200, names=("brain", "dna"), missing=0.0)
-    config = replace(TINY, lr=0.05, max_steps=60, patience=3, early_stopping=metric)
+    settings = {"lr": 0.05, "max_steps": 60, "patience": 3, "dropout": 0.1}
+    config = replace(TINY, **settings, early_stopping=metric)
     result = train(features, labels, config=config, run_dir=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     looks = [row for row in rows if f"validation_{metric}" in row]

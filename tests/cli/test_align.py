@@ -300,7 +300,7 @@ def test_other_options_are_refused_until_the_stopped_run_is_forgotten(scratch, c
     assert "the same command goes on from the checkpoints in" in said.err
     words = ("--brain", "one", *SMALL, "--lr", 0.01, *scratch.place)
     error = call("align", *words).error
-    assert "lr: 0.001 -> 0.01" in error
+    assert "lr: 0.0 -> 0.01" in error
     assert "--resume never to start anew" in error
     parts = scratch.workspace / "align" / ".one-evo2-parts"
     assert list(parts.glob("checkpoints/step-*"))
