@@ -113,6 +113,7 @@ def test_torchrun_pretrains_in_two_processes(site, tmp_path):
     assert np.isfinite(features.vectors).all()
 
 
+@pytest.mark.slow
 def test_torchrun_aligns_on_the_demo_cohort_making_what_is_missing(site, tmp_path):
     # A workspace with a cohort and an encoder, but neither features nor DNA embeddings.
     root = tmp_path / "runs" / "demo"
