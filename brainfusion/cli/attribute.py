@@ -319,12 +319,12 @@ def _facts(setting: _Setting, what: str, rows: list[dict[str, Any]]) -> dict[str
 
 
 def _text(what: str, table: pl.DataFrame, kept: pl.DataFrame) -> str:
-    lines = [f"{what:<28} {'AUC lost':>9} {'95% interval':>18} {'p':>7} {'q (FDR)':>8}"]
+    lines = [f"{what:<28} {'AUC lost':>9} {'95% interval':>18} {'p':>8} {'q (FDR)':>8}"]
     for row in table.head(10).iter_rows(named=True):
         interval = f"[{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
         lines.append(
-            f"{row['unit']:<28} {row['drop']:>+9.4f} {interval:>18} {row['p_value']:>7.4f} "
-            f"{row['q_value']:>8.4f}"
+            f"{row['unit']:<28} {row['drop']:>+9.4f} {interval:>18} {_p(row['p_value']):>8} "
+            f"{_p(row['q_value']):>8}"
         )
     one = what.removesuffix("s")
     if len(table) > 10:
@@ -334,3 +334,7 @@ def _text(what: str, table: pl.DataFrame, kept: pl.DataFrame) -> str:
         if len(kept)
         else [*lines, f"no {one} matters at a false discovery rate of 5% ({len(table)} tested)."]
     )
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"

@@ -161,7 +161,7 @@ def shared_space(brain: np.ndarray, dna: np.ndarray, *, n_lines: int = 25) -> st
         return to_svg(figure, name="shared-space", label=label)
 
 
-def similarity(pairs: np.ndarray, non_pairs: np.ndarray) -> str:
+def similarity(pairs: np.ndarray, non_pairs: np.ndarray, *, score: str = "similarity") -> str:
     """Overlaid histograms of the scores of true pairs [n] and of non-pairs [m]."""
     low = min(pairs.min(), non_pairs.min())
     high = max(pairs.max(), non_pairs.max())
@@ -179,7 +179,7 @@ def similarity(pairs: np.ndarray, non_pairs: np.ndarray) -> str:
                 [], [], color=colour, alpha=0.5, lw=0, label=f"{text} (n = {len(scores):,})"
             )
         axes.plot([], [], color=INK, lw=1.0, ls=(0, (4, 2)), label="means")
-        axes.set_xlabel("similarity in the shared space")
+        axes.set_xlabel(score)
         axes.set_ylabel("density")
         legend(axes, n_columns=2)
         label = (

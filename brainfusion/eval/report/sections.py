@@ -315,10 +315,13 @@ def space_section(results: Row, workspace: Path) -> str:
         pairs, others = arrays["pairs"], arrays["non_pairs"]
         spread = math.sqrt((float(pairs.var()) + float(others.var())) / 2)
         gap = (float(pairs.mean()) - float(others.mean())) / spread if spread else math.nan
+        row = (results.get("retrieval") or {}).get("brain_to_dna") or {}
+        is_ratio = row.get("score") == "density ratio"
+        score = "log density ratio (nats)" if is_ratio else "cosine in the shared space"
         drawn.append(
             figure(
-                figures.similarity(pairs, others),
-                "Similarity of a person's brain to their own DNA and to other people's. The means "
+                figures.similarity(pairs, others, score=score),
+                "Scores of a person's brain with their own DNA and with other people's. The means "
                 f"are {gap:.2f} standard deviations apart.",
             )
         )
