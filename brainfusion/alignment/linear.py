@@ -24,11 +24,11 @@ from torch import Tensor
 
 from brainfusion.alignment.config import AlignConfig
 from brainfusion.alignment.density_ratio import DensityRatio
-from brainfusion.alignment.genes.conditioning import GeneConditioner
 from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.alignment.linear_maps import LinearMaps, pls_maps, rcca_maps, ridge_maps
 from brainfusion.alignment.losses.info_nce import info_nce
 from brainfusion.alignment.model import Alignment
+from brainfusion.alignment.outcome import describe_inputs
 from brainfusion.alignment.prepare import check, conditioned, fit_conditioners
 from brainfusion.alignment.train import TrainResult
 from brainfusion.alignment.validation import effective_rank, pair_auc, uniformity
@@ -359,26 +359,7 @@ def _summary(
         "logit_scale_bounds": [config.min_scale, config.max_scale],
         "effective_rank": best["effective_rank"],
         "n_processes": ranks.world_size,
-        "columns": {
-            name: {
-                "given": c.dim_in,
-                "constant": c.n_dropped,
-                "used": c.dim_out,
-                "variance_kept": c.explained,
-            }
-            for name, c in conditioners.items()
-        },
-        **{
-            f"{name}_genes": {
-                "pool": config.dna_pool,
-                "models": list(c.models),
-                "given": len(c.genes),
-                "used": len(c.used),
-            }
-            for name, c in conditioners.items()
-            if isinstance(c, GeneConditioner)
-        },
-        "residualised_on": list(next(iter(conditioners.values())).covariates),
+        **describe_inputs(conditioners, config),
     }
 
 

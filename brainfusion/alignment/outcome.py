@@ -108,6 +108,15 @@ def describe(
         "effective_rank": best["effective_rank"],
         "n_processes": ranks.world_size,
         **({"start": progress.facts} if progress.facts else {}),
+        **describe_inputs(conditioners, config),
+    }
+
+
+def describe_inputs(
+    conditioners: Mapping[str, Conditioner | GeneConditioner], config: AlignConfig
+) -> dict[str, Any]:
+    """What became of the columns and genes that were given, for the summary of any method."""
+    return {
         "columns": {
             name: {
                 "given": c.dim_in,

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -33,6 +33,9 @@ from brainfusion.runtime import threads
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import atomic_file, write_json
 from brainfusion.runtime.logs import Progress, say
+
+if TYPE_CHECKING:
+    from brainfusion.encoders.checkpoints import Pretrained
 
 What = Literal["genes", "networks", "parcels"]
 
@@ -231,10 +234,8 @@ def without_gene(genes: GeneVectors, gene: Gene) -> GeneVectors:
 
 
 def _networks(setting: _Setting, whole: tuple[np.ndarray, np.ndarray]) -> Hidden:
-    from brainfusion.encoders.checkpoints import load_pretrained
-
-    workspace, brain = setting.workspace, setting.options.brain
-    atlas = load_pretrained(ensure_pretrained(workspace, _encoder(brain))).atlas
+    pretrained = _pretrained(setting)
+    atlas = pretrained.atlas
     networks = atlas.networks or _named_networks(setting.cohort, atlas.parcels)
     if networks is None:
         raise UserError(
@@ -242,7 +243,7 @@ def _networks(setting: _Setting, whole: tuple[np.ndarray, np.ndarray]) -> Hidden
             "'networks' to its atlas.json, or ask for --what genes parcels."
         )
     groups = {name: np.flatnonzero(np.asarray(networks) == name) for name in sorted(set(networks))}
-    return _occluded(setting, whole, groups)
+    return _occluded(setting, whole, pretrained, groups)
 
 
 def _named_networks(cohort: Cohort, parcels: Sequence[str]) -> list[str] | None:
@@ -254,34 +255,36 @@ def _named_networks(cohort: Cohort, parcels: Sequence[str]) -> list[str] | None:
 
 
 def _parcels(setting: _Setting, whole: tuple[np.ndarray, np.ndarray]) -> Hidden:
+    pretrained = _pretrained(setting)
+    groups = {name: np.array([i]) for i, name in enumerate(pretrained.atlas.parcels)}
+    return _occluded(setting, whole, pretrained, groups)
+
+
+def _pretrained(setting: _Setting) -> "Pretrained":
+    """The encoder that made the brain features."""
+    from brainfusion.encoders import ENCODERS
     from brainfusion.encoders.checkpoints import load_pretrained
 
-    path = ensure_pretrained(setting.workspace, _encoder(setting.options.brain))
-    names = load_pretrained(path).atlas.parcels
-    return _occluded(setting, whole, {name: np.array([i]) for i, name in enumerate(names)})
-
-
-def _encoder(brain: str) -> str:
-    from brainfusion.encoders import ENCODERS
-
+    brain = setting.options.brain
     if brain not in ENCODERS:
         raise UserError(
             f"brain features '{brain}' were not made by an encoder that is here, so no parcel can "
             "be hidden from it: ask for --what genes."
         )
-    return brain
+    return load_pretrained(ensure_pretrained(setting.workspace, brain))
 
 
 def _occluded(
-    setting: _Setting, whole: tuple[np.ndarray, np.ndarray], groups: dict[str, np.ndarray]
+    setting: _Setting,
+    whole: tuple[np.ndarray, np.ndarray],
+    pretrained: "Pretrained",
+    groups: dict[str, np.ndarray],
 ) -> Hidden:
     """Groups of parcels hidden from the encoder that made the features of this alignment."""
-    from brainfusion.encoders.checkpoints import load_pretrained
     from brainfusion.encoders.embed import EmbedSettings
     from brainfusion.encoders.occlusion import features_without
 
     workspace, brain = setting.workspace, setting.options.brain
-    pretrained = load_pretrained(ensure_pretrained(workspace, brain))
     made = read_features(ensure_features(workspace, brain)).provenance
     if made.get("checkpoint_hash") != pretrained.hash:
         raise UserError(
@@ -319,12 +322,14 @@ def _facts(setting: _Setting, what: str, rows: list[dict[str, Any]]) -> dict[str
 
 
 def _text(what: str, table: pl.DataFrame, kept: pl.DataFrame) -> str:
+    from brainfusion.eval.report.rows import p_exact
+
     lines = [f"{what:<28} {'AUC lost':>9} {'95% interval':>18} {'p':>8} {'q (FDR)':>8}"]
     for row in table.head(10).iter_rows(named=True):
         interval = f"[{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
         lines.append(
-            f"{row['unit']:<28} {row['drop']:>+9.4f} {interval:>18} {_p(row['p_value']):>8} "
-            f"{_p(row['q_value']):>8}"
+            f"{row['unit']:<28} {row['drop']:>+9.4f} {interval:>18} {p_exact(row['p_value']):>8} "
+            f"{p_exact(row['q_value']):>8}"
         )
     one = what.removesuffix("s")
     if len(table) > 10:
@@ -334,7 +339,3 @@ def _text(what: str, table: pl.DataFrame, kept: pl.DataFrame) -> str:
         if len(kept)
         else [*lines, f"no {one} matters at a false discovery rate of 5% ({len(table)} tested)."]
     )
-
-
-def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from brainfusion.eval.retrieval.ranking import rank_pairs
+from brainfusion.eval.retrieval.score_table import ScoreTable
 from brainfusion.eval.statistics import Labels, family_bootstrap, family_codes, fdr, interval
 from brainfusion.runtime.errors import UserError
-
-_TILE = 2048
 
 
 def person_auc(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
@@ -42,15 +42,9 @@ def person_auc(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
             f"vectors of shapes {queries.shape} and {gallery.shape}: expected two of one shape, "
             "paired row by row, and 2 people or more."
         )
-    total = np.zeros(n)
-    for a, b in ((queries, gallery), (gallery, queries)):
-        for start in range(0, n, _TILE):
-            rows = np.arange(start, min(start + _TILE, n))
-            scores = a[rows] @ b.T
-            own = scores[np.arange(len(rows)), rows][:, None]
-            below = (scores < own).sum(axis=1) + 0.5 * ((scores == own).sum(axis=1) - 1)
-            total[rows] += below / (n - 1)
-    return total / 2
+    pairs = np.stack([np.arange(n)] * 2, axis=1)
+    both = rank_pairs(ScoreTable.from_vectors(queries, gallery), pairs)
+    return (both[0].auc + both[1].auc) / 2
 
 
 def contributions(

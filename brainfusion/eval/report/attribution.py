@@ -7,6 +7,7 @@ import numpy as np
 
 from brainfusion.eval.report import figures_attribution as figures
 from brainfusion.eval.report.parts import figure, folded, missing, table
+from brainfusion.eval.report.rows import p_exact
 
 Row = Mapping[str, Any]
 
@@ -69,8 +70,8 @@ def _kind(kind: str, facts: Row) -> str:
             str(row["unit"]),
             f"{row['drop']:+.4f}",
             f"{row['ci_low']:+.4f} to {row['ci_high']:+.4f}",
-            _p(row["p_value"]),
-            _p(row["q_value"]),
+            p_exact(row["p_value"]),
+            p_exact(row["q_value"]),
         ]
         for row in rows
     ]
@@ -82,7 +83,3 @@ def _of_parcels(kind: str, facts: Row) -> np.ndarray:
     drop = {row["unit"]: row["drop"] for row in facts["rows"]}
     units = facts["parcels"] if kind == "parcels" else facts["networks"] or []
     return np.array([drop.get(unit, 0.0) for unit in units])
-
-
-def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"

@@ -82,6 +82,15 @@ def p_cell(p: float) -> str:
     return p_text(p).removeprefix("p = ").removeprefix("p ") if math.isfinite(p) else ""
 
 
+def p_exact(p: float) -> str:
+    """A p-value of a test without permutations, to four digits.
+
+    >>> p_exact(0.01234), p_exact(1e-20)
+    ('0.0123', '< 0.0001')
+    """
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
 def attainable(row: Row, metric: str = "auc") -> float:
     """The ceiling of a metric in one direction, NaN where it is unknown.
 
