@@ -153,28 +153,12 @@ def _our_loss(module: Any, xyz: Tensor, bold: Tensor, draws: list[Tensor]) -> Te
 def _plain_loss(module: Any, xyz: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The oracle over the same weights, and those of them that are trained."""
     from brainfusion.encoders import to_upstream
-    from tests.oracles import brainjepa_reference, brainlm_reference
+    from tests.oracles import brainjepa_reference, brainlm_reference, ours
 
     config = module.config
     if isinstance(module, BrainJEPA):
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, value in to_upstream(module).items():
-            part, _, name = key.partition("/")
-            states.setdefault(part, {})[name] = value.clone()
-        leaves = [
-            value.requires_grad_()
-            for part in ("encoder", "predictor")
-            for key, value in states[part].items()
-            if not key.endswith("emb_h")
-        ]
-        settings: dict[str, Any] = {
-            "crop_size": [config.n_parcels, config.n_trs],
-            "patch_size": config.patch_trs,
-            "depth": config.depth,
-            "num_heads": config.n_heads,
-            "pred_depth": config.predictor_depth,
-            "add_w": config.positions,
-        }
+        states = ours.brainjepa_states(module)
+        leaves, settings = ours.brainjepa_trained(states), ours.brainjepa_settings(config)
         gradient = module.encoder.position.gradient
         return (
             lambda bold, draws: brainjepa_reference.loss(
@@ -183,20 +167,7 @@ def _plain_loss(module: Any, xyz: Tensor) -> tuple[Callable[..., Tensor], list[T
         ), leaves
     state = {key: value.clone() for key, value in to_upstream(module).items()}
     leaves = [value.requires_grad_() for key, value in state.items() if not key.endswith(".pe")]
-    settings = {
-        "timepoint_patching_size": config.patch_trs,
-        "mask_ratio": config.mask_ratio,
-        "loss_fn": config.loss_fn,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.n_heads,
-        "decoder_num_hidden_layers": config.decoder_depth,
-        "decoder_num_attention_heads": config.decoder_n_heads,
-        "num_landmarks": 64,
-        "segment_means_seq_len": 64,
-        "conv_kernel_size": config.conv_kernel_size,
-        "use_tanh_decoder": config.tanh_decoder,
-        "layer_norm_eps": config.layer_norm_eps,
-    }
+    settings = ours.brainlm_settings(config)
 
     def loss(bold: Tensor, draws: list[Tensor]) -> Tensor:
         scaled = xyz.expand(len(bold), -1, -1) / config.xyz_unit_mm
