@@ -24,7 +24,7 @@ from brainfusion.alignment.genes.vectors import Gene, GeneArray, GeneSource, Gen
 from brainfusion.alignment.model import Alignment, load
 from brainfusion.cli.options import at_least, parse
 from brainfusion.cli.pairs import Pairs, dna_models, families_of, load_pairs, read_haplotypes
-from brainfusion.cli.retrieve import ensure_alignment
+from brainfusion.cli.runs import ensure_alignment
 from brainfusion.cli.workspace import Place, Workspace, ensure_features, ensure_pretrained
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import read_features

@@ -30,7 +30,7 @@ from brainfusion.cli.modalities import Modalities, dna_models, load_modalities, 
 from brainfusion.cli.negatives import pair_ids
 from brainfusion.cli.options import parse
 from brainfusion.cli.pairs import read_haplotypes
-from brainfusion.cli.retrieve import ensure_alignment
+from brainfusion.cli.runs import ensure_alignment
 from brainfusion.cli.unfinished import unfinished
 from brainfusion.cli.workspace import (
     Place,

@@ -23,7 +23,7 @@ from brainfusion.cli.pairs import (
     load_pairs,
     read_haplotypes,
 )
-from brainfusion.cli.retrieve import ensure_alignment
+from brainfusion.cli.runs import ensure_alignment
 from brainfusion.cli.scoring import read_embeddings
 from brainfusion.cli.workspace import Place, Workspace
 from brainfusion.data.cohort import Cohort

@@ -5,19 +5,16 @@ With --query ID it answers instead: who are the people whose brains are nearest 
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from brainfusion.cli.modalities import brain_features, dna_models, side_name
 from brainfusion.cli.options import at_least, parse
 from brainfusion.cli.query import answer
+from brainfusion.cli.runs import WhichRun, check_cohort, find_run
 from brainfusion.cli.scoring import DIRECTIONS, score
-from brainfusion.cli.workspace import Place, Workspace, ensure_features
-from brainfusion.runtime.errors import UserError
+from brainfusion.cli.workspace import Place, Workspace
 from brainfusion.runtime.files import write_json
 from brainfusion.runtime.logs import say
 from brainfusion.runtime.threads import one_thread
@@ -27,10 +24,7 @@ from brainfusion.runtime.threads import one_thread
 class RetrieveOptions:
     """Options of `brainfusion retrieve`."""
 
-    brain: tuple[str, ...] = ("brainjepa",)
-    """Brain features of the alignment: one encoder or several."""
-    dna: tuple[str, ...] = ("evo2",)
-    """DNA embeddings of the alignment: one model or several."""
+    alignment: tyro.conf.OmitArgPrefixes[WhichRun] = field(default_factory=WhichRun)
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
     query: str | None = None
     """A subject id: print the people nearest to this one instead of the scores."""
@@ -58,11 +52,10 @@ def main(argv: list[str]) -> int:
     """Score the test people's retrieval, or answer one query."""
     options = parse(RetrieveOptions, argv, prog="brainfusion retrieve", description=__doc__ or "")
     workspace = Workspace.of(options.place)
-    brain, dna = brain_features(options.brain), dna_models(options.dna)
-    run_dir = ensure_alignment(workspace, brain, dna)
+    run = find_run(workspace, options.alignment)
     if options.query is not None:
         answer(
-            run_dir,
+            run.path,
             options.query,
             query_from=options.query_from,
             top=options.top,
@@ -71,38 +64,22 @@ def main(argv: list[str]) -> int:
         )
         return 0
     cohort = workspace.open_cohort()
+    check_cohort(run, cohort)
     with one_thread():
         scores = score(
             workspace,
             cohort,
-            run_dir,
-            brain=brain,
-            dna=dna,
+            run.path,
+            brain=run.brain,
+            dna=run.dna,
             n_permutations=options.permutations,
             n_bootstrap=options.bootstrap,
             seed=options.seed,
         )
-    write_json(run_dir / "retrieval.json", scores)
+    write_json(run.path / "retrieval.json", scores)
     print(json.dumps(scores, indent=2) if options.json else _table(scores))
-    say(f"written: {run_dir / 'retrieval.json'}")
+    say(f"written: {run.path / 'retrieval.json'}")
     return 0
-
-
-def ensure_alignment(workspace: Workspace, brain: str | Sequence[str], dna: Sequence[str]) -> Path:
-    """An alignment run; on the demo cohort it is made if it is not there."""
-    from brainfusion.cli import align
-
-    brain = brain_features([brain] if isinstance(brain, str) else brain)
-    path = workspace.align_dir(side_name(brain), side_name(dna))
-    if not (path / "embeddings" / "dna.parquet").exists():
-        flags = ["--brain", *brain, "--dna", *dna, *workspace.options()]
-        if not workspace.demo:
-            for name in brain:
-                ensure_features(workspace, name)
-            raise UserError(f"{path} does not exist: run 'brainfusion align {' '.join(flags)}'.")
-        say(f"{path} is missing: aligning {side_name(brain)} and {side_name(dna)}")
-        align.main(flags)
-    return path
 
 
 def _table(scores: dict[str, Any]) -> str:
