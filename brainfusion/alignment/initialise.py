@@ -24,7 +24,7 @@ Shape legend: n people, i inputs, k components, h hidden units, o width of the s
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -34,6 +34,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from brainfusion.alignment.config import AlignConfig
+from brainfusion.alignment.modalities import sides_of
 from brainfusion.alignment.network import AlignmentModel, Inputs, n_people, take
 from brainfusion.alignment.projector import Projector
 from brainfusion.data.cca import (
@@ -173,7 +174,7 @@ def find_start(
     folds = fold_of(len(next(iter(present.values()))), groups=groups)
     limit = min(config.dim_hidden // 2, config.dim_out - 2 - len(inputs))
     pairs = {}
-    for first, second in combinations(views, 2):
+    for first, second in _across(views):
         both = present[first] & present[second]
         if both.sum() >= _LEAST_PEOPLE and limit > 0:
             pairs[first, second] = cross_validated_cca(
@@ -188,11 +189,13 @@ def find_start(
     if len(names) < 2:
         return Start(dict(inputs), {}, {})
     how = _ridges(names, pairs)
+    joined = [(names.index(first), names.index(second)) for first, second in pairs]
     fitted = fit_multiset(
         [views[name] for name in names],
         [present[name] for name in names],
         ridges=[how[name] for name in names],
         n_components=max(len(rho) for _, rho in pairs.values()),
+        joined=joined,
     )
     held_out = out_of_fold(
         [views[name] for name in names],
@@ -200,12 +203,12 @@ def find_start(
         fitted,
         ridges=[how[name] for name in names],
         folds=folds,
+        joined=joined,
     )
     correlations = {}
-    for i, j in combinations(range(len(names)), 2):
+    for i, j in joined:
         both = present[names[i]] & present[names[j]]
-        if both.sum() >= _LEAST_PEOPLE:
-            correlations[i, j] = held_out_correlations(held_out[i][both], held_out[j][both])
+        correlations[i, j] = held_out_correlations(held_out[i][both], held_out[j][both])
     loadings = _loadings(len(names), correlations)
     parts, replaced = {}, dict(inputs)
     for i, name in enumerate(names):
@@ -222,6 +225,16 @@ def find_start(
 
 
 # -- the closed form ------------------------------------------------------------------------------
+
+
+def _across(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of modalities of different sides, whose retrieval is what counts.
+
+    Two modalities of a side often share more with one another than with any of the other side
+    (two models have read the same DNA), and would be all that a joint closed form finds.
+    """
+    side = {name: key for key, members in sides_of(names).items() for name in members}
+    return [(a, b) for a, b in combinations(side, 2) if side[a] != side[b]]
 
 
 def _ridges(names: list[str], pairs: Mapping[tuple[str, str], tuple[CCA, np.ndarray]]) -> dict:

@@ -252,11 +252,6 @@ def start(
         return training, {}
     inputs, facts = dict(training.inputs), [{}]
     if ranks.is_main:
-        if len(inputs) > 2:
-            say(
-                "several modalities of a side: the closed-form start follows what they share with "
-                "one another, too, and may hide what brain and DNA share; compare --init random."
-            )
         groups = related(training.ids)
         found = find_start(training.inputs, training.present, config, groups=groups)
         inputs, facts = dict(found.inputs), [found.facts]

@@ -10,12 +10,16 @@ Shape legend: n people, d width of a view, r rank of a view, k components.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
 from brainfusion.data.cca import Axes
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.threads import one_thread
+
+Pairs = Sequence[tuple[int, int]]
+"""Pairs of views, by number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,7 @@ def fit_multiset(
     *,
     ridges: Sequence[float],
     n_components: int,
+    joined: Pairs | None = None,
 ) -> list[Directions]:
     """Directions of each view, in matching order.
 
@@ -46,6 +51,8 @@ def fit_multiset(
         present: bool [n] a view: who has it.
         ridges: A view's share of the mean variance that is added to each of its columns.
         n_components: Components, at most the smallest rank of a view.
+        joined: Pairs of views whose covariance is maximised; every pair if omitted. What two views
+            share that are not joined plays no part, however much it is.
 
     Raises:
         UserError: Two views that nobody has both of in a chain that joins all, or no variance.
@@ -57,20 +64,19 @@ def fit_multiset(
         whiten = [a.whitening(ridge) for a, ridge in zip(axes, ridges, strict=True)]
         starts = np.cumsum([0, *(len(w) for w in whiten)])
         blocks = np.zeros((starts[-1], starts[-1]))
-        joined = np.eye(len(views), dtype=bool)
-        for i in range(len(views)):
-            for j in range(i + 1, len(views)):
-                both = present[i] & present[j]
-                if both.sum() < 2:
-                    continue
-                joined[i, j] = joined[j, i] = True
-                first, second = (
-                    ((views[m][both] - axes[m].mean) @ axes[m].axes) * whiten[m] for m in (i, j)
-                )
-                block = first.T @ second / both.sum()
-                blocks[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = block
-                blocks[starts[j] : starts[j + 1], starts[i] : starts[i + 1]] = block.T
-        if not np.linalg.matrix_power(joined.astype(int), len(views)).all():
+        met = np.eye(len(views), dtype=bool)
+        for i, j in joined or combinations(range(len(views)), 2):
+            both = present[i] & present[j]
+            if both.sum() < 2:
+                continue
+            met[i, j] = met[j, i] = True
+            first, second = (
+                ((views[m][both] - axes[m].mean) @ axes[m].axes) * whiten[m] for m in (i, j)
+            )
+            block = first.T @ second / both.sum()
+            blocks[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = block
+            blocks[starts[j] : starts[j + 1], starts[i] : starts[i + 1]] = block.T
+        if not np.linalg.matrix_power(met.astype(int), len(views)).all():
             raise UserError(
                 "some views share nobody with the others, not even through a third: expected "
                 "people who have several."
@@ -94,6 +100,7 @@ def out_of_fold(
     *,
     ridges: Sequence[float],
     folds: np.ndarray,
+    joined: Pairs | None = None,
 ) -> list[np.ndarray]:
     """Variates of each person from directions that were fitted without that person's fold.
 
@@ -107,6 +114,7 @@ def out_of_fold(
         fitted: Its result on all people.
         ridges: As in `fit_multiset`.
         folds: int [n]: the fold of each person.
+        joined: As in `fit_multiset`.
 
     Returns:
         [n, k] a view, variance as it comes out of the fold; 0 where a person lacks the view.
@@ -122,6 +130,7 @@ def out_of_fold(
             [has[others] for has in present],
             ridges=ridges,
             n_components=k,
+            joined=joined,
         )
         agreement = np.zeros((parts[0].weights.shape[1], k))
         for view, has, part, whole in zip(views, present, parts, fitted, strict=True):

@@ -1,5 +1,7 @@
 """The closed-form start: it scores as ridge CCA does, and sees people as new ones are seen."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,29 @@ def test_three_modalities_of_which_people_lack_some_all_find_each_other():
     again = find_start(train, present, CONFIG)
     for name in names:
         np.testing.assert_array_equal(again.parts[name].weights, start.parts[name].weights)
+
+
+def test_what_two_models_of_one_genome_share_does_not_hide_what_brains_and_dna_share():
+    names = ("brain_a", "brain_b", "dna_a", "dna_b")
+    train, new = (cohort(n, names=names, seed=seed) for n, seed in ((1500, 0), (500, 1)))
+    pair = {name: train[name] for name in ("brain_a", "dna_a")}
+    for rows, seed in ((train, 2), (new, 3)):
+        for side in ("brain", "dna"):
+            # Twice as many latents as brains and DNA share, seen without noise and far larger.
+            own = np.random.default_rng(seed + len(side)).standard_normal((len(rows["dna_a"]), 12))
+            for model in "ab":
+                name = f"{side}_{model}"
+                turn = np.random.default_rng(ord(model)).standard_normal((12, 40))
+                rows[name] = rows[name] + torch.from_numpy(own @ turn).float()
+    model = model_of(train)
+    find_start(train, everyone(train), CONFIG).write(model)
+    of_one = model_of(pair)
+    find_start(pair, everyone(pair), CONFIG).write(of_one)
+    for first, second in product(("brain_a", "brain_b"), ("dna_a", "dna_b")):
+        found = both_directions(logits(model, new, first, second))["auc"]
+        alone = {name: new[name] for name in ("brain_a", "dna_a")}
+        assert found > 0.8, (first, second)
+        assert found > both_directions(logits(of_one, alone))["auc"] - 0.1
 
 
 def test_units_that_are_left_over_have_no_effect_but_learn():
