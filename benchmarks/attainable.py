@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brainfusion.data.cca import choose_cca
+from brainfusion.data.cca_choice import choose_cca
 from brainfusion.data.oracle import both_directions, pmi_scores
 from brainfusion.runtime.threads import set_environment, use_threads
 

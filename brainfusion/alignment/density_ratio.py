@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from brainfusion.data.cca import choose_cca, held_out_correlations
+from brainfusion.data.cca_choice import choose_cca, held_out_correlations
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.threads import one_thread
 

@@ -37,8 +37,8 @@ from brainfusion.alignment.config import AlignConfig
 from brainfusion.alignment.modalities import sides_of
 from brainfusion.alignment.network import AlignmentModel, Inputs, n_people, take
 from brainfusion.alignment.projector import Projector
-from brainfusion.data.cca import (
-    CCA,
+from brainfusion.data.cca import CCA
+from brainfusion.data.cca_choice import (
     N_COMPONENTS,
     cross_validated_cca,
     fold_of,

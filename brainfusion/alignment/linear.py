@@ -1,9 +1,9 @@
 """Alignments in closed form, at the interface of the trained one: ridge-CCA, PLS and ridge.
 
 `linear_maps` says what the methods are. What they leave open is chosen on the validation people:
-the ridges and the components of rcca by the information that their pairs have (`data.cca`), the
-components of pls, the penalty and the components of ridge by their AUC. Nothing is drawn at random.
-The main process fits; the others are sent what it found.
+the ridges and the components of rcca by the information that their pairs have
+(`data.cca_choice`), the components of pls, the penalty and the components of ridge by their AUC.
+Nothing is drawn at random. The main process fits; the others are sent what it found.
 
 Shape legend: n people, i columns of a side, o columns put out.
 """

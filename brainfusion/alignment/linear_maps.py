@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from brainfusion.alignment.conditioning import principal_axes
-from brainfusion.data.cca import choose_cca
+from brainfusion.data.cca_choice import choose_cca
 
 LEAST_RHO = 0.02
 """Where validation people share nothing the first component keeps this: it orders ties."""

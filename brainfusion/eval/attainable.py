@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from brainfusion.data.cca import choose_cca
+from brainfusion.data.cca_choice import choose_cca
 from brainfusion.data.oracle import attainable, mutual_information
 from brainfusion.eval.components import principal_scores, standardised
 from brainfusion.eval.design import group_folds

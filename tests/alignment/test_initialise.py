@@ -11,7 +11,7 @@ from brainfusion.alignment.config import AlignConfig
 from brainfusion.alignment.genes.tower import GeneBatch
 from brainfusion.alignment.initialise import Start, find_start, initialise
 from brainfusion.alignment.network import AlignmentModel
-from brainfusion.data.cca import cross_validated_cca, fold_of
+from brainfusion.data.cca_choice import cross_validated_cca, fold_of
 from brainfusion.data.oracle import both_directions, pmi_scores
 
 RHO = np.linspace(0.85, 0.4, 6)

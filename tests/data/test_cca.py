@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy.linalg import block_diag, eigh
 
-from brainfusion.data.cca import (
+from brainfusion.data.cca import fit_cca
+from brainfusion.data.cca_choice import (
     choose_cca,
     cross_validated_cca,
-    fit_cca,
     fold_of,
     held_out_correlations,
     information,

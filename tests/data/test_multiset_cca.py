@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from brainfusion.data.cca import fit_cca, fold_of
+from brainfusion.data.cca import fit_cca
+from brainfusion.data.cca_choice import fold_of
 from brainfusion.data.multiset_cca import fit_multiset, out_of_fold
 from brainfusion.runtime.errors import UserError
 
