@@ -23,9 +23,10 @@ import numpy as np
 import polars as pl
 
 from brainfusion.data.oracle import inner_product_form
+from brainfusion.eval.paired import compare_auroc
 from brainfusion.eval.power import best_auc, effect_of
 from brainfusion.eval.probing.probes import probe
-from brainfusion.eval.retrieval.comparison import compare_auroc, compare_retrieval
+from brainfusion.eval.retrieval.comparison import compare_retrieval
 from brainfusion.eval.retrieval.metrics import DIRECTIONS, retrieval_metrics
 
 KS_P, COVER, POWER_POINTS = 0.01, (0.93, 0.97), 0.05

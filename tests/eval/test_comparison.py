@@ -5,13 +5,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from brainfusion.eval.retrieval.comparison import (
-    compare_auroc,
-    compare_models,
-    compare_retrieval,
-    delong,
-    paired_difference,
-)
+from brainfusion.eval.paired import compare_auroc, delong, paired_difference
+from brainfusion.eval.retrieval.comparison import compare_models, compare_retrieval
 from brainfusion.eval.retrieval.metrics import retrieval_metrics
 from brainfusion.runtime.errors import UserError
 

@@ -26,13 +26,15 @@ Shape legend: n people, d width.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from brainfusion.eval.design import covariate_matrix, group_folds
+from brainfusion.eval.probing.differences import Predictions, check_names, differences
+from brainfusion.eval.probing.differences import adjust as adjust_comparisons
 from brainfusion.eval.probing.jobs import (
     PENALTIES,
     Found,
@@ -120,6 +122,19 @@ SCHEMA: dict[str, Any] = {
             }
         )
     ),
+    "comparisons": pl.List(
+        pl.Struct(
+            {
+                "against": pl.String,
+                "difference": pl.Float64,
+                "ci_low": pl.Float64,
+                "ci_high": pl.Float64,
+                "p_value": pl.Float64,
+                "q_value": pl.Float64,
+                "test": pl.String,
+            }
+        )
+    ),
 }
 
 
@@ -141,6 +156,8 @@ class Extras:
     """Whether the penalty is chosen again for each permutation of labels, as for numbers."""
     on_confounds: bool = field(default=True)
     """Whether fusion, too, gets a row with the confounds taken out."""
+    compare: Sequence[tuple[str, str]] = ()
+    """Pairs of rows, by name: is the first better than the second (`eval.probing.differences`)?"""
 
 
 def probe(
@@ -178,7 +195,7 @@ def probe(
         A row for each target and representation, columns as in `SCHEMA`: `value` is R2 or AUROC
         (`metric`), `chance` 0 or 0.5; `metrics` has all metrics, that one first; `penalty` is the
         median over folds (of neighbours, their number); `confounds` are those used. Of labels,
-        `reliability` has predicted and observed shares.
+        `reliability` has predicted and observed shares; `comparisons` those of `extras.compare`.
     """
     if not isinstance(subjects, pl.DataFrame):
         subjects = pl.from_pandas(subjects)
@@ -186,6 +203,7 @@ def probe(
     named = named_features(features, subjects.height)
     _check(extras, named)
     known = known_confounds(subjects, confounds)
+    check_names(extras.compare, _row_names(list(named), known, extras))
     parsed = [parse_target(subjects, name) for name in dict.fromkeys(targets)]
     grid = PENALTIES if penalties is None else np.asarray(penalties, np.float64)
     if n_folds < 3:
@@ -209,8 +227,17 @@ def probe(
     place = {target.name: i for i, target in enumerate(parsed)}
     rows.sort(key=lambda row: place[row["target"]])
     _adjust(rows)
+    adjust_comparisons((row["features"], row["comparisons"]) for row in rows)
     empty = dict.fromkeys(SCHEMA)
     return pl.DataFrame([empty | row for row in rows], schema=SCHEMA, orient="row")
+
+
+def _row_names(named: Sequence[str], confounds: Sequence[str], extras: Extras) -> list[str]:
+    """The representations that get rows, but for those of principal components."""
+    names = [*named, *(" + ".join(names) for names in extras.fusion)]
+    if confounds:
+        names += [CONFOUNDS_ONLY, *(f"{name} | confounds" for name in names)]
+    return [*names, *(f"{name}, kNN" for name in named if extras.neighbours)]
 
 
 def tidy(table: pl.DataFrame) -> pl.DataFrame:
@@ -282,6 +309,7 @@ class _Group:
     ) -> None:
         self.targets, self.people, self.plan, self.extras = targets, people, plan, extras
         self.ones = np.ones((len(people.folds), 1))
+        self.kept: Predictions = {}
         self.by_confounds: dict[tuple[str, ...], list[Target]] = {}
         for target in targets:
             names = tuple(name for name in confounds if name != target.name)
@@ -292,23 +320,32 @@ class _Group:
 
     def rows(self, named: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Of all representations."""
-        rows = [row_of(found, self.people) for found in self._confounds_only()]
+        rows = [self._row(found) for found in self._confounds_only()]
         wanted = {name for names in self.extras.fusion for name in names}
         kept: dict[str, list[Job]] = {}
         for name, values in named.items():
             space = FeatureSpace(values, self.people.folds)
             jobs = self._jobs(name)
             run(space, jobs, keep_inner=name in wanted)
-            mine = [row_of(found, self.people) for job in jobs for found in job.found()]
+            mine = [self._row(found) for job in jobs for found in job.found()]
             if self.extras.learning_curve:
-                self._add_curves(space, mine)
+                self._add_curves(space, mine, loud=name == next(iter(named)))
             rows += mine
-            rows += [row_of(found, self.people) for found in self._others(name, space)]
+            rows += [self._row(found) for found in self._others(name, space)]
             if name in wanted:
                 kept[name] = jobs
         for names in self.extras.fusion:
             rows += self._fused(names, kept)
+        compared = differences(self.kept, self.extras.compare, self.people, seed=self.plan.seed)
+        for row in rows:
+            row["comparisons"] = compared.get((row["features"], row["target"]), [])
         return rows
+
+    def _row(self, found: Found) -> dict[str, Any]:
+        """Its row; its predictions are kept where they are to be compared."""
+        if any(found.name in names for names in self.extras.compare):
+            self.kept[found.name, found.target.name] = replace(found, null=None)
+        return row_of(found, self.people)
 
     def _confounds_only(self) -> list[Found]:
         found: list[Found] = []
@@ -364,9 +401,11 @@ class _Group:
             found += job.found()
         return found
 
-    def _add_curves(self, space: FeatureSpace, rows: Sequence[dict[str, Any]]) -> None:
+    def _add_curves(
+        self, space: FeatureSpace, rows: Sequence[dict[str, Any]], *, loud: bool
+    ) -> None:
         shares = self.extras.learning_curve
-        curves = learning_curves(space, self.targets, self.people, self.plan, shares)
+        curves = learning_curves(space, self.targets, self.people, self.plan, shares, loud=loud)
         n_train = len(self.people.folds) * (space.n_folds - 1) / space.n_folds
         for row in rows:
             if not row["confounds"]:
@@ -382,7 +421,7 @@ class _Group:
             label = " + ".join(names) + (" | confounds" if i else "")
             singles = [{one.target.name: one for one in job.found()} for job in parts]
             for found in fused(label, parts):
-                row = row_of(found, self.people)
+                row = self._row(found)
                 row["metrics"].append(
                     _gain(found, [single[found.target.name] for single in singles], self.people)
                 )
