@@ -14,6 +14,7 @@ import torch
 
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.density_ratio import DensityRatio
+from brainfusion.alignment.folder import FORMAT, model_folder, read_arrays, read_state
 from brainfusion.alignment.genes.conditioning import GeneConditioner
 from brainfusion.alignment.genes.tower import GeneBatch, GeneTower, gene_shares
 from brainfusion.alignment.genes.vectors import Gene, GeneVectors
@@ -21,13 +22,11 @@ from brainfusion.alignment.modalities import modality_name, sides_of
 from brainfusion.alignment.network import AlignmentModel, Inputs, as_inputs, n_people, take
 from brainfusion.runtime.checkpoint import load_weights, save_weights
 from brainfusion.runtime.errors import CheckpointError, UserError, nearest
-from brainfusion.runtime.files import atomic_folder, read_json, write_json
+from brainfusion.runtime.files import atomic_folder, write_json
 
 if TYPE_CHECKING:
     from brainfusion.alignment.linear import LinearModel
 
-FORMAT = 2
-"""Of the folder; 1 knew neither a head nor other kinds of models, and is still read."""
 _ROWS_AT_ONCE = 8192
 
 
@@ -70,6 +69,37 @@ class Alignment:
     def sides(self) -> dict[str, tuple[str, ...]]:
         """The modalities of each side: {"brain": ("brain",), "dna": ("dna_evo2", ...)}."""
         return sides_of(self.conditioners)
+
+    @property
+    def covariates(self) -> tuple[str, ...]:
+        """What `design_matrix` must be asked for, where features are residualised; often none."""
+        return next(iter(self.conditioners.values())).covariates
+
+    @property
+    def score_name(self) -> str:
+        """What the inner product of two `search_vectors` is."""
+        return "cosine" if self.head is None else "density ratio, nats"
+
+    def made_of(self, name: str) -> dict[str, Any]:
+        """How the features of a brain modality were made, as their file said (docs/formats.md).
+
+        Of a fine-tuned run that is how it began; `finetuned_from` is then the hash of the encoder
+        before.
+
+        Args:
+            name: The modality, or the name of its features where there are several.
+
+        Raises:
+            UserError: An unknown modality.
+        """
+        names = self.sides.get("brain", ())
+        short = {modality.removeprefix("brain_"): modality for modality in names}
+        made = self.info.get("meta", {}).get("provenance", {}).get("brain", {})
+        if len(names) > 1:
+            own = _modality("brain", name, short)
+            made = next((v for key, v in made.items() if modality_name("brain", key) == own), {})
+        tuned = "finetune" in self.info
+        return {**made, **({"finetuned_from": made.get("checkpoint_hash")} if tuned else {})}
 
     def embed(
         self,
@@ -145,7 +175,12 @@ class Alignment:
         return self._embed_side("dna", features, covariates, model, option="model", mask=mask)
 
     def score_vectors(
-        self, name: str, features: Any, covariates: np.ndarray | None = None
+        self,
+        name: str,
+        features: Any,
+        covariates: np.ndarray | None = None,
+        *,
+        mask: np.ndarray | None = None,
     ) -> np.ndarray:
         """Vectors whose inner product with the other side's is the score of a pair in nats.
 
@@ -153,6 +188,7 @@ class Alignment:
             name: A modality, or a side with {encoder or model: features} as for `embed_brain`.
             features: As for `embed`.
             covariates: As for `embed`.
+            mask: Of genes, as for `embed`; of one modality only.
 
         Returns:
             float32 [n, k + 2], not to be normalised (`DensityRatio.vectors`).
@@ -165,12 +201,30 @@ class Alignment:
                 "this alignment scores pairs by the cosine of their embeddings: it has no score "
                 "vectors. Align with score 'density-ratio', or use embed()."
             )
+        return self.search_vectors(name, features, covariates, mask=mask)
+
+    def search_vectors(
+        self,
+        name: str,
+        features: Any,
+        covariates: np.ndarray | None = None,
+        *,
+        mask: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """What an index is made of, or asked with: `score_vectors`, or embeddings without a head.
+
+        Args and errors are those of `score_vectors`, which is stricter: it wants a head.
+        """
         side = next((s for s, names in self.sides.items() if name == s or name in names), name)
         if name in self.conditioners:
-            embedded = self.embed(name, features, covariates)
+            embedded = self.embed(name, features, covariates, mask=mask)
         else:
-            embedded = self._embed_side(side, features, covariates, None, option="name")
-        return self.head.vectors(side, embedded)
+            embedded = self._embed_side(side, features, covariates, None, option="name", mask=mask)
+        return self.scored(side, embedded)
+
+    def scored(self, side: str, embedded: np.ndarray) -> np.ndarray:
+        """The same of embeddings [n, o] that were made before."""
+        return embedded if self.head is None else self.head.vectors(side, embedded)
 
     def _embed_side(
         self,
@@ -313,8 +367,8 @@ class Alignment:
         Raises:
             CheckpointError: Nothing there, something else, or a file that is cut off.
         """
-        state = _read_state(folder)
-        arrays = _read_arrays(folder / "conditioners.safetensors")
+        state = read_state(folder)
+        arrays = read_arrays(folder / "conditioners.safetensors")
         conditioners = {}
         try:
             for name, values in state.pop("conditioners").items():
@@ -329,7 +383,7 @@ class Alignment:
             model.load_state_dict(load_weights(folder))
             head = None
             if described := state.pop("head", None):
-                arrays = _read_arrays(folder / "head.safetensors")
+                arrays = read_arrays(folder / "head.safetensors")
                 head = DensityRatio.from_dict({**described, "arrays": arrays})
         except (KeyError, TypeError, RuntimeError) as error:
             text = " ".join(str(error).split())
@@ -347,10 +401,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> Alignment:
     Raises:
         CheckpointError: Nothing there, something else, or a file that is cut off.
     """
-    folder = Path(path)
-    if not (folder / "state.json").exists() and (folder / "model").is_dir():
-        folder = folder / "model"
-    return Alignment.load(folder, device=device)
+    return Alignment.load(model_folder(Path(path)), device=device)
 
 
 def _make(settings: dict[str, Any]) -> "AlignmentModel | LinearModel":
@@ -366,36 +417,3 @@ def _make(settings: dict[str, Any]) -> "AlignmentModel | LinearModel":
             "version that wrote it."
         )
     return AlignmentModel(settings.pop("dims_in"), **settings)
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / "state.json"
-    if not path.exists():
-        raise CheckpointError(
-            f"no trained alignment in {folder} (no state.json): expected the folder of an "
-            "alignment run, or its 'model' folder. Make one with scripts/align.py."
-        )
-    state = read_json(path)
-    if not isinstance(state, dict) or state.get("kind") != "alignment":
-        raise CheckpointError(
-            f"{folder} is a checkpoint of something else than an alignment: expected the folder "
-            "of an alignment run. Make one with scripts/align.py."
-        )
-    if state.get("format") not in (1, FORMAT):
-        raise CheckpointError(
-            f"{folder} has format {state.get('format')}, this version reads 1 to {FORMAT}: "
-            "align again, or use the version that wrote it."
-        )
-    return state
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(
-            f"{path} is missing or cut off ({error}): restore it, or align again."
-        ) from error

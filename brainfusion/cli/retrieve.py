@@ -1,17 +1,21 @@
 """`brainfusion retrieve`: score cross-modal retrieval, or ask for the nearest people.
 
 Scores the test people of an alignment in both directions, beside baselines, strata and the control.
-With --query ID it answers instead: who are the people whose brains are nearest to this DNA?
+
+With a query it answers instead: whose brains are nearest to this DNA, or whose DNA, or which genes,
+to this brain? A person of the cohort asks by --query ID, a new one by --recording FILE or
+--dna-vector FILE, which become vectors in the same way as those that the alignment was trained on.
 """
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
 from brainfusion.cli.options import at_least, parse
-from brainfusion.cli.query import answer
+from brainfusion.cli.query.answer import answer
+from brainfusion.cli.query.options import QueryOptions
 from brainfusion.cli.runs import WhichRun, check_cohort, find_run
 from brainfusion.cli.scoring import DIRECTIONS, score
 from brainfusion.cli.workspace import Place, Workspace
@@ -26,14 +30,7 @@ class RetrieveOptions:
 
     alignment: tyro.conf.OmitArgPrefixes[WhichRun] = field(default_factory=WhichRun)
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
-    query: str | None = None
-    """A subject id: print the people nearest to this one instead of the scores."""
-    query_from: Literal["dna", "brain"] = "dna"
-    """Which of the person's two embeddings asks; the other modality is searched."""
-    top: int = 10
-    """How many people a query prints."""
-    among: Literal["test", "all"] = "all"
-    """Whom a query searches: the test people, or everybody with a pair."""
+    asking: tyro.conf.OmitArgPrefixes[QueryOptions] = field(default_factory=QueryOptions)
     json: bool = False
     """Print JSON instead of a table."""
     permutations: int = 999
@@ -44,24 +41,18 @@ class RetrieveOptions:
     """Seeds permutations and bootstrap."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "top", "permutations")
+        at_least(self, 1, "permutations")
         at_least(self, 2, "bootstrap")
 
 
 def main(argv: list[str]) -> int:
-    """Score the test people's retrieval, or answer one query."""
+    """Score the test people's retrieval, or answer a query."""
     options = parse(RetrieveOptions, argv, prog="brainfusion retrieve", description=__doc__ or "")
+    options.asking.check()
     workspace = Workspace.of(options.place)
     run = find_run(workspace, options.alignment)
-    if options.query is not None:
-        answer(
-            run.path,
-            options.query,
-            query_from=options.query_from,
-            top=options.top,
-            among=options.among,
-            as_json=options.json,
-        )
+    if options.asking.is_asked:
+        answer(workspace, run, options.asking, as_json=options.json)
         return 0
     cohort = workspace.open_cohort()
     check_cohort(run, cohort)

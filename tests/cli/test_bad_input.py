@@ -74,9 +74,9 @@ def respell(path, change):
         ("align --dropout 1.5", "dropout=1.5: expected at least 0 and less than 1"),
         ("retrieve --top 0", "--top 0: expected 1 or more"),
         ("retrieve --permutations 0", "--permutations 0: expected 1 or more"),
-        ("retrieve --query-from genes", "Expected one of ('dna', 'brain')"),
+        ("retrieve --query-from genes", "Expected one of ('auto', 'dna', 'brain')"),
         ("probe --bootstrap 1", "--bootstrap 1: expected 2 or more"),
-        ("report extra", "extra does not exist: expected the folder of a pretraining run"),
+        ("report extra", "extra does not exist: expected the folder of an alignment or"),
         ("import", "missing: SOURCE"),
         ("import here --out x", "here does not exist: expected a folder of recordings"),
         ("import here --out x --tr-s 720", "tr_s=720 is no repetition time in seconds"),
@@ -114,7 +114,7 @@ def test_a_wrong_word_is_named_with_what_was_expected(call, words, says, tmp_pat
         ("probe --targets age --confounds agee", "confound 'agee' is no column"),
         ("probe --targets age --n-folds 1", "n_folds=1"),
         ("probe --targets age --n-folds 99", "for 99 folds"),
-        ("report --brain brainlm", "run 'brainfusion retrieve --brain brainlm --dna evo2"),
+        ("report --brain brainlm", "run 'brainfusion align --brain brainlm --dna evo2"),
     ],
 )
 def test_a_value_that_does_not_fit_the_cohort_changes_nothing(site, call, words, says):

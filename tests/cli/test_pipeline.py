@@ -151,7 +151,7 @@ def test_a_query_finds_the_nearest_people_of_the_other_modality(site, done, aski
     towers = scored(site)
     person = towers["brain"].subjects[7]
     said = done("retrieve", "--query", person, "--query-from", asking, "--json", *site.place)
-    rows = json.loads(said.out)
+    rows = json.loads(said.out)["rows"]
     scores = towers[searched].vectors @ towers[asking].vectors[7]
     nearest = [towers[searched].subjects[i] for i in np.argsort(-scores)[:10]]
     assert [row["id"] for row in rows] == nearest
@@ -168,7 +168,7 @@ def test_a_query_among_test_people_names_no_others(site, done):
     said = done(
         "retrieve", "--query", person, "--among", "test", "--top", 50, "--json", *site.place
     )
-    assert {row["id"] for row in json.loads(said.out)} == test
+    assert {row["id"] for row in json.loads(said.out)["rows"]} == test
 
 
 def test_a_query_prints_a_table_that_marks_the_person(site, done):
@@ -239,6 +239,8 @@ def test_recordings_and_dna_alone_are_enough_for_a_report(site, done, call, tmp_
     assert "subjects.parquet has no column that can be predicted" in error
     scores = read_json(tmp_path / "work" / "results.json")["retrieval"]
     assert scores["brain_to_dna"]["attainable"] is None
+    facts = read_json(tmp_path / "work" / "results.json")["cohort"]["import"]
+    assert (facts["n_files"], facts["n_recordings"]) == (120, 120)
     # One site for all: nothing to stay within.
     assert scores["strata"] == []
 

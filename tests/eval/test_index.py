@@ -217,3 +217,19 @@ def test_a_damaged_index_is_refused(tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="damaged"):
         RetrievalIndex.load(tmp_path / "index")
+
+
+def test_recall_counts_equal_entries_alike_and_facts_are_kept(tmp_path):
+    # Shared haplotypes are equal vectors: which of them is found makes no difference.
+    rng = np.random.default_rng(0)
+    vectors = np.repeat(rng.normal(size=(60, 8)), 20, axis=0)
+    queries = rng.normal(size=(30, 8))
+    ids = [str(i) for i in range(len(vectors))]
+    facts = {"model_hash": "abc", "gallery": "genes"}
+    index = RetrievalIndex.build(vectors, ids, "hnsw", queries=queries, facts=facts)
+    found, exact = index.query(queries, 10), -np.sort(-(queries @ vectors.T), axis=1)[:, 9]
+    hits = sum(row.score >= exact[row.query] - 1e-5 for row in found)
+    assert index.recall_at_10 == pytest.approx(hits / 300, abs=0.02)
+    index.save(tmp_path / "index")
+    assert RetrievalIndex.load(tmp_path / "index").facts == facts
+    assert RetrievalIndex.build(vectors, ids, "exact").facts == {}

@@ -52,7 +52,6 @@ def read_recording(
     variable: str | None = None,
     row: int | None = None,
     drop_columns: Sequence[str] = (),
-    min_coverage: float = 0.8,
 ) -> Recording:
     """Read one recording; how it was understood is said.
 
@@ -67,7 +66,6 @@ def read_recording(
         variable: Of a .mat or HDF5 file the table, of Arrow the column.
         row: Of a file of several recordings, which: from 0.
         drop_columns: Columns of a table that are no parcels.
-        min_coverage: The least share of the atlas's parcels with data.
 
     Raises:
         UserError: What `import_cohort` refuses, too; several recordings and no `row`.
@@ -93,12 +91,6 @@ def read_recording(
     layout, named = _layout(config, kind, item, atlas)
     bold, facts = to_atlas(config, kind, layout, item)
     bold, _ = check_bold(bold, recording=path.name, n_parcels=atlas.n_parcels)
-    if facts.coverage < min_coverage:
-        raise UserError(
-            f"{path.name} has data in {facts.coverage:.1%} of the {atlas.n_parcels} parcels of "
-            f"'{atlas.name}', expected at least {min_coverage:.0%}: re-parcellate it with that "
-            "atlas."
-        )
     _report(path, bold, facts, named=named, atlas=atlas)
     return Recording(bold=bold, tr_s=facts.tr_s, atlas=atlas, path=path, named=named)
 
@@ -151,15 +143,16 @@ def _report(path: Path, bold: np.ndarray, facts: Facts, *, named: bool, atlas: A
             f"it names no parcels, which are taken to be in the order of the atlas '{atlas.name}'"
         )
     )
-    said = "" if not facts.other_tr else " (its file says another)"
     say(
-        f"{path.name}: {len(bold)} parcels x {bold.shape[1]} TRs of {facts.tr_s:g} s{said}, read "
+        f"{path.name}: {len(bold)} parcels x {bold.shape[1]} TRs of {facts.tr_s:g} s, read "
         f"{facts.orientation}; {how}."
     )
+    if facts.other_tr:
+        say(f"warning: {path.name} says another TR than the {facts.tr_s:g} s that was given.")
     counts = {
-        "parcels are not in the atlas: left out": len(facts.extra),
-        "parcels of the atlas have no data": int(np.isnan(bold[:, 0]).sum()),
+        "parcels that the atlas does not have, left out": len(facts.extra),
+        "parcels of the atlas without data": int(np.isnan(bold[:, 0]).sum()),
     }
     for what, count in counts.items():
         if count:
-            say(f"{path.name}: {count} {what}.")
+            say(f"{path.name}: {what}: {count}.")

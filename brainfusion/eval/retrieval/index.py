@@ -68,6 +68,7 @@ class RetrievalIndex:
         dim: int,
         recall_at_10: float = 1.0,
         norm: float | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self._index, self._norm = index, norm
         self._entries, self._ids = entries, entries["id"].to_list()
@@ -77,6 +78,8 @@ class RetrievalIndex:
         """Share of the exact 10 nearest that it finds; 1 if exact, measured otherwise."""
         self.dim = dim
         """Width of the vectors."""
+        self.facts = dict(facts or {})
+        """What whoever built it wanted to be kept with it."""
 
     @classmethod
     def build(
@@ -87,6 +90,7 @@ class RetrievalIndex:
         *,
         queries: np.ndarray | None = None,
         about: About | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> "RetrievalIndex":
         """Index vectors.
 
@@ -100,6 +104,7 @@ class RetrievalIndex:
                 gallery if omitted. Exact search needs none.
             about: Covariates of the entries, in row order, for example `{"site": [...]}`: what a
                 query can be narrowed by. They are saved with the index.
+            facts: JSON values to keep with it, for example which model the vectors are of.
 
         Raises:
             UserError: Shapes, ids or kind are wrong; vectors are not finite.
@@ -122,9 +127,8 @@ class RetrievalIndex:
                 f"{len(vectors):,}: use kind='exact', which is faster at this size."
             )
         norm = None if chosen == "exact" else _uneven_norm(vectors)
-        made = cls(
-            _make(_lifted(vectors, norm), chosen), entries, chosen, dim=vectors.shape[1], norm=norm
-        )
+        index = _make(_lifted(vectors, norm), chosen)
+        made = cls(index, entries, chosen, dim=vectors.shape[1], norm=norm, facts=facts)
         made._measure(vectors, queries)
         return made
 
@@ -231,6 +235,7 @@ class RetrievalIndex:
                 "metric": "inner product",
                 "recall_at_10": self.recall_at_10,
                 "norm": self._norm,
+                "facts": self.facts,
             }
             write_json(aside / "meta.json", meta)
 
@@ -266,8 +271,9 @@ class RetrievalIndex:
                 f"{folder} holds {index.ntotal} vectors and {len(entries)} ids, expected "
                 f"{meta['n']} of both: build the index again."
             )
-        recall, norm = meta["recall_at_10"], meta.get("norm")
-        return cls(index, entries, meta["kind"], dim=meta["dim"], recall_at_10=recall, norm=norm)
+        kept = {key: meta.get(key) for key in ("norm", "facts")}
+        recall = meta["recall_at_10"]
+        return cls(index, entries, meta["kind"], dim=meta["dim"], recall_at_10=recall, **kept)
 
     def _fitting(self, vectors: np.ndarray) -> np.ndarray:
         vectors = _vectors(vectors)
@@ -318,7 +324,9 @@ class RetrievalIndex:
         hits = 0
         for query, places in zip(asked, found, strict=True):
             scores = vectors @ query
-            hits += len(np.intersect1d(np.argpartition(-scores, k - 1)[:k], places))
+            # By score: of entries that are equal, as shared haplotypes are, any will do.
+            least = -np.partition(-scores, k - 1)[k - 1]
+            hits += int((scores[places[places >= 0]] >= least).sum())
         self.recall_at_10 = hits / (k * len(asked))
         say(
             f"index: {self.kind} over {len(self):,} vectors finds {self.recall_at_10:.1%} of the "

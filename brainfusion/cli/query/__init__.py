@@ -1,0 +1,1 @@
+"""Queries: who asks, what is searched, what comes back."""
