@@ -3,8 +3,9 @@
 Starts from a pretrained encoder and the alignment of its features ('brainfusion align'), and trains
 encoder and projectors together on the training people's recordings: exact InfoNCE over the whole
 batch, micro-batches through gradient caching. The weights that are best on validation people are
-kept, the frozen start among them. Under torchrun each process takes its share of every batch. A run
-that is stopped begins again.
+kept, the frozen start among them. Under torchrun each process takes its share of every batch.
+Called again after it was stopped, it goes on from the last checkpoint, to the bit; SIGTERM and
+SIGUSR1 make it save and leave with exit code 75.
 
 Results are those of features of another name, <brain>-<how> by default: the run in
 <workspace>/align/<name>-<dna> with the tuned encoder in it (encoder/, which 'brainfusion embed
@@ -15,7 +16,7 @@ Results are those of features of another name, <brain>-<how> by default: the run
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -28,14 +29,13 @@ from brainfusion.cli.align import shuffled, shuffled_order
 from brainfusion.cli.embed import LONGEST_WAIT_S, PublishedOptions
 from brainfusion.cli.modalities import Modalities, dna_models, load_modalities, load_tables
 from brainfusion.cli.negatives import pair_ids
-from brainfusion.cli.options import parse
+from brainfusion.cli.options import at_least, parse
 from brainfusion.cli.pairs import read_haplotypes
 from brainfusion.cli.runs import ensure_alignment
 from brainfusion.cli.unfinished import unfinished
 from brainfusion.cli.workspace import (
     Place,
     Workspace,
-    check_replaceable,
     ensure_pretrained,
     hash_ids,
     open_cohort,
@@ -45,14 +45,15 @@ from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import write_features
 from brainfusion.encoders import ENCODERS
 from brainfusion.encoders.checkpoints import Pretrained, known_model, load_pretrained
-from brainfusion.encoders.embed import EmbedSettings, embed_to_file, parts_folder
+from brainfusion.encoders.embed import EmbedSettings, embed_to_file
 from brainfusion.encoders.published import is_published, load_published
 from brainfusion.encoders.trainable import RecordingTower, save_tuned
 from brainfusion.runtime import distributed, threads
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import UserError
-from brainfusion.runtime.files import check_writable, read_json, write_json
+from brainfusion.runtime.files import atomic_file, check_writable, read_json, write_json
 from brainfusion.runtime.logs import say
+from brainfusion.runtime.signals import STOPPED, Stopped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +78,17 @@ class FinetuneOptions:
     control: bool = True
     """Do it a second time on shuffled pairs, from the alignment's own control:
     it must come out at chance."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with a run that was stopped. never: forget it and start anew."""
+    checkpoint_every: int = 4
+    """Steps between checkpoints; 0 for none."""
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: int = 0
     """Threads a process; 0 shares the cores there are."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,11 +133,16 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
         out = workspace.align_dir(name, ",".join(dna))
         check_writable(workspace.features_path(name).parent)
-        with unfinished(out, ranks, mark="embeddings", resume=False) as folder:
-            pooling = _run(start, folder)
-            if options.control:
-                _run_control(start, folder / "control")
-        _embed(start, out / "encoder", name, pooling)
+        resume = options.resume == "auto"
+        try:
+            with unfinished(out, ranks, mark="embeddings", resume=resume) as folder:
+                pooling = _run(start, folder)
+                if options.control:
+                    _run_control(start, folder / "control")
+                _embed(start, folder, name, pooling)
+        except Stopped as stop:
+            say(f"asked to stop: saved {stop}; the same command goes on from there.")
+            return STOPPED
     if ranks.is_main:
         flags = " ".join(workspace.options())
         say(f"next: brainfusion retrieve --brain {name} --dna {' '.join(dna)} {flags}".rstrip())
@@ -215,6 +228,13 @@ def _finetuned(
         run_dir=folder,
         ids=pair_ids(_rule(alignment), people.people, people.dna, people.present, order=order),
         covariates=covariates,
+        checkpoint_every=start.options.checkpoint_every,
+        resume=start.options.resume == "auto",
+        made_of={
+            "cohort": start.cohort.hash,
+            "people": hash_ids(people.subjects),
+            "pooling": tower.pooling,
+        },
         meta={**meta, "brain": _name(start.options), "provenance": provenance},
         ranks=start.ranks,
     )
@@ -238,21 +258,23 @@ def _write_embeddings(result: FinetuneResult, people: Modalities, folder: Path) 
         )  # fmt: skip
 
 
-def _embed(start: _Start, encoder: Path, name: str, pooling: str) -> None:
-    """Features of everybody in the cohort from the tuned encoder, on all ranks."""
-    out, tune = start.workspace.features_path(name), start.options.tune
-    parts = parts_folder(out)
-    check_replaceable(parts, "key.json")
-    distributed.barrier()
-    if start.ranks.is_main:
-        shutil.rmtree(parts, ignore_errors=True)  # of a run that was stopped
+def _embed(start: _Start, folder: Path, name: str, pooling: str) -> None:
+    """Features of everybody in the cohort from the tuned encoder, on all ranks.
+
+    Their parts are among those of the run, and a run that was stopped goes on with them.
+    """
+    tune, made = start.options.tune, folder / "features.parquet"
     distributed.barrier()
     settings = EmbedSettings(pooling=pooling, batch_size=tune.micro_batch, precision=tune.precision)
     embedded = embed_to_file(
-        out, load_pretrained(encoder), start.cohort, settings, ranks=start.ranks
+        made, load_pretrained(folder / "encoder"), start.cohort, settings, ranks=start.ranks
     )
     if embedded is not None:
-        say(f"{out}: {len(embedded.subjects)} people, from the tuned encoder in {encoder}")
+        out = start.workspace.features_path(name)
+        with atomic_file(out) as aside:
+            shutil.copyfile(made, aside)
+        made.unlink()
+        say(f"{out}: {len(embedded.subjects)} people, from the tuned encoder.")
 
 
 def _pretrained(start: _Start) -> Pretrained:

@@ -1,7 +1,12 @@
 """`brainfusion finetune` on a small site: what it leaves, and what it refuses in one line."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +19,11 @@ from brainfusion.encoders.checkpoints import load_pretrained
 from brainfusion.runtime.checkpoint import load_weights, save_weights
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import read_json
-from brainfusion.runtime.logs import read_metrics
+from brainfusion.runtime.logs import MetricsLog, read_metrics
+from brainfusion.runtime.signals import STOPPED
 
 BRIEF = ("--max-steps", 4, "--eval-every", 1, "--micro-batch", 50, "--threads", 1)
+HOW = ("--how", "last-1", "--lr", 0.02, "--encoder-lr-scale", 1, *BRIEF)
 
 
 def tune(*words: object) -> None:
@@ -38,7 +45,7 @@ def place(site, tmp_path_factory):
     work = tmp_path_factory.mktemp("tuned") / "work"
     shutil.copytree(site.workspace, work)
     place = ("--cohort", site.cohort, "--workspace", work)
-    tune("--how", "last-1", "--lr", 0.02, "--encoder-lr-scale", 1, *BRIEF, *place)
+    tune(*HOW, *place)
     return place
 
 
@@ -144,6 +151,110 @@ def test_what_does_not_fit_is_refused_in_one_line(place, site, tmp_path):
     assert "how='lorra' is unknown. Did you mean 'lora'?" in refused("--how", "lorra", *place)
     assert "unknown model 'brainjpa'" in refused("--brain", "brainjpa", *place)
     assert "no trained alignment in" in refused("--alignment", tmp_path, *BRIEF, *place)
+    said = refused("--checkpoint-every", "-1", *place)
+    assert "--checkpoint-every -1: expected 0 or more" in said
     assert "the encoder has 3 blocks; use last-3" in refused("--how", "last-7", *BRIEF, *place)
     # A run that was refused leaves nothing behind.
     assert not list((work / "align").glob(".*"))
+
+
+# -- stopped, and gone on with ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def scratch(site, tmp_path):
+    """A workspace in which nothing was tuned."""
+    work = tmp_path / "work"
+    for part in ("pretrain", "features", "align"):
+        shutil.copytree(site.workspace / part, work / part)
+    return ("--cohort", site.cohort, "--workspace", work)
+
+
+def assert_same(a, b) -> None:
+    """Two workspaces with the same tuned run, control and features, to the bit."""
+    one, other = run_dir(a), run_dir(b)
+    for run in ("", "control"):
+        for file in ("embeddings/brain.parquet", "scores/dna.parquet"):
+            first, second = (read_features(x / run / file) for x in (one, other))
+            np.testing.assert_array_equal(first.vectors, second.vectors)
+        rows = [
+            [{k: v for k, v in row.items() if k not in ("seconds", "peak_mib")} for row in found]
+            for found in (read_metrics(x / run / "metrics.jsonl") for x in (one, other))
+        ]
+        assert rows[0] == rows[1]
+        assert not (other / run / "checkpoints").exists()
+    before, after = (load_weights(x / "encoder") for x in (one, other))
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    first, second = (read_features(x[3] / "features" / "brainjepa-last-1.parquet") for x in (a, b))
+    np.testing.assert_array_equal(first.vectors, second.vectors)
+    assert not list((b[3] / "align").glob(".*"))
+    assert not (other / "features.parquet").exists()
+
+
+def test_a_run_that_is_stopped_twice_goes_on_to_the_bit(place, scratch, monkeypatch, capsys):
+    real, seen = MetricsLog.write, [0]
+
+    def write(self: MetricsLog, **row: Any) -> None:
+        real(self, **row)
+        seen[0] += 1
+        if seen[0] in (3, 8):  # step 2 of the run, and then of the control
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", write)
+    words = [str(word) for word in (*HOW, *scratch)]
+    for _ in range(2):
+        assert finetune.main(words) == STOPPED
+        assert "asked to stop: saved at step 2" in capsys.readouterr().err
+        assert not run_dir(scratch).exists()
+        said = refused(*HOW, "--seed", 3, *scratch)
+        assert "holds a stopped run that was made otherwise (seed: 0 -> 3)" in said
+        assert "--resume never" in said
+    assert finetune.main(words) == 0
+    said = capsys.readouterr().err
+    assert said.count("going on with the fine-tuning that was stopped") == 2
+    assert_same(place, scratch)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_is_forgotten_on_request(scratch, monkeypatch):
+    real = MetricsLog.write
+
+    def write(self: MetricsLog, **row: Any) -> None:
+        real(self, **row)
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", write)
+    assert finetune.main([str(word) for word in (*HOW, *scratch)]) == STOPPED
+    monkeypatch.setattr(MetricsLog, "write", real)
+    tune(*HOW, "--seed", 3, "--no-control", "--resume", "never", *scratch)
+    assert run_dir(scratch).exists()
+
+
+KILL = """
+import os, signal, sys
+from brainfusion.cli import main
+from brainfusion.runtime.logs import MetricsLog
+real, seen = MetricsLog.write, [0]
+def write(self, **row):
+    real(self, **row)
+    seen[0] += 1
+    if seen[0] == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsLog.write = write
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_time_loses_nothing_but_time(place, scratch):
+    words = [str(x) for x in ("finetune", *HOW, "--checkpoint-every", 1, *scratch)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for row in (4, 3, 5):  # at step 3 of the run; at steps 0 and 4 of the control
+        done = subprocess.run([sys.executable, "-c", KILL, str(row), *words], env=env, check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert not run_dir(scratch).exists()
+    assert (
+        subprocess.run([sys.executable, "-m", "brainfusion.cli", *words], env=env).returncode == 0
+    )
+    assert_same(place, scratch)

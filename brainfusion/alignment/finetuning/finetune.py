@@ -5,48 +5,37 @@
 It starts from a trained alignment and the encoder whose features that was trained on, so that step
 0 is the frozen model; the weights that are best on validation people are kept, step 0 among them.
 The loss is exact over the whole batch (`grad_cache`), whatever the micro-batches and processes.
-Nothing is resumed: a run that is stopped begins again.
+A run that was stopped goes on from its last checkpoint, to the bit (`loop`).
 
 Shape legend: n people, m people of a micro-batch, f features, o width of the shared space.
 """
 
-import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.density_ratio import DensityRatio
 from brainfusion.alignment.finetuning.config import FinetuneConfig
-from brainfusion.alignment.finetuning.grad_cache import (
-    average_gradients,
-    cached_backward,
-    call_order,
-)
+from brainfusion.alignment.finetuning.loop import optimise
 from brainfusion.alignment.finetuning.lora import ATTENTION, Trained, choose_trained, merge_lora
-from brainfusion.alignment.finetuning.tower import Tower, Towers, batch_of, kept_units, parts_of
+from brainfusion.alignment.finetuning.resume import Checkpoints, Progress, run_facts
+from brainfusion.alignment.finetuning.tower import Tower, Towers
 from brainfusion.alignment.genes.conditioning import GeneConditioner
 from brainfusion.alignment.genes.vectors import GeneVectors
-from brainfusion.alignment.losses.info_nce import info_nce
 from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.alignment.model import Alignment
 from brainfusion.alignment.network import AlignmentModel
-from brainfusion.alignment.validation import chance_level, effective_rank, pair_auc, uniformity
-from brainfusion.data.prefetch import Prefetch
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks, barrier
-from brainfusion.runtime.errors import NonFiniteError, UserError
+from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import check_writable, write_json
-from brainfusion.runtime.logs import MetricsLog, Progress, say
-from brainfusion.runtime.memory import device_peak_mib, peak_mib
-from brainfusion.runtime.schedules import warmup_cosine
+from brainfusion.runtime.logs import say
+from brainfusion.runtime.memory import peak_mib
 
 _NO_SIGNAL = 0.99
 
@@ -75,6 +64,9 @@ def finetune(
     covariates: np.ndarray | None = None,
     meta: Mapping[str, Any] | None = None,
     ranks: Ranks | None = None,
+    checkpoint_every: int = 0,
+    resume: bool = False,
+    made_of: Mapping[str, Any] | None = None,
 ) -> FinetuneResult:
     """Train the encoder and the projectors of an alignment together; the best step is kept.
 
@@ -92,14 +84,27 @@ def finetune(
         covariates: [n, c], as the alignment was given them.
         meta: Facts to keep with the model.
         ranks: Where this process stands; one process if omitted.
+        checkpoint_every: Steps between checkpoints in run_dir/checkpoints, which are left there;
+            SIGTERM and SIGUSR1 then write one before they stop the run. 0: none.
+        resume: Go on from the last of them, to the bit; otherwise they are removed.
+        made_of: What the recordings are, as JSON values: a run of others is not gone on with.
+            Encoder, alignment, DNA and settings are compared in any case.
 
     Raises:
         UserError: An alignment that this does not cover, too few people, or an unknown `how`.
+        CheckpointError: What there is to go on with was made with another config or other data.
         NonFiniteError: A loss or a gradient that is not finite.
+        Stopped: A signal came; a checkpoint was written first.
     """
     ranks = ranks or Ranks()
     check_alignment(alignment)
     rows = _splits(labels, config, ranks)
+    facts = {}
+    if checkpoint_every or resume:
+        facts = run_facts(
+            alignment, tower, dna, labels, config=config, ids=ids, covariates=covariates,
+            made_of=made_of or {},
+        )  # fmt: skip
     trained = choose_trained(
         tower.module, config.how, blocks=tower.blocks, after=tower.after, fixed=tower.fixed,
         patterns=config.adapt or ATTENTION, rank=config.rank, alpha=config.alpha, seed=config.seed,
@@ -109,16 +114,13 @@ def finetune(
         check_writable(run_dir)
         configs.save(run_dir / "config.yaml", config)
     towers = Towers.of(alignment, tower, dna, ids, covariates, config, ranks)
-    log = MetricsLog(run_dir / "metrics.jsonl", active=ranks.is_main)
-    try:
-        outcome = _optimise(towers, rows, log)
-    finally:
-        log.close()
+    keeping = Checkpoints(run_dir=run_dir, every=checkpoint_every, resume=resume, facts=facts)
+    progress = optimise(towers, rows, keeping)
     merge_lora(tower.module)
     brain, genes = towers.both(np.arange(len(labels)))
     embeddings = {"brain": brain.cpu().numpy(), "dna": genes.cpu().numpy()}
     head = None if alignment.head is None else _head(embeddings, rows, ranks)
-    summary = _summary(outcome, rows, trained, config, alignment, ranks)
+    summary = _summary(progress, rows, trained, config, alignment, ranks)
     tuned = Alignment(
         model=towers.model.cpu().eval(),
         conditioners=alignment.conditioners,
@@ -184,158 +186,6 @@ def _splits(labels: Sequence[str], config: FinetuneConfig, ranks: Ranks) -> dict
     return rows
 
 
-# -- the loop --------------------------------------------------------------------------------------
-
-
-def _optimise(towers: Towers, rows: dict[str, np.ndarray], log: MetricsLog) -> dict[str, Any]:
-    """Train in place and leave encoder and model with their best weights."""
-    config, ranks, model = towers.config, towers.ranks, towers.model
-    encoder = [p for p in towers.tower.module.parameters() if p.requires_grad]
-    projectors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(encoder, projectors, config)
-    n_train = len(rows["train"])
-    log_n = chance_level(n_train, towers.ids_of(rows["train"]), ranks.device, local=True)
-    if config.batch_size and config.batch_size < n_train:
-        log_n += math.log(config.batch_size / n_train)
-    progress = Progress(f"fine-tune ({config.how})", config.max_steps, active=ranks.is_main)
-
-    begin = time.monotonic()
-    look = _look(towers, rows["validation"])
-    best: dict[str, Any] = {"step": 0, **look, **_scale(model)}
-    kept = _snapshot(encoder, model)
-    log.write(step=0, **look, **_scale(model), frozen=True)
-    first, least, step = look["validation_auc"], math.inf, 0
-    say(f"frozen start: validation AUC {first:.3f} (chance 0.5).")
-
-    for step in range(1, config.max_steps + 1):
-        # -- one step ------------------------------------------------------------------------
-        lr = warmup_cosine(
-            step, start=0.0, peak=config.lr, end=0.0, n_warmup=config.warmup_steps,
-            n_steps=config.max_steps + 1,
-        )  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["relative_lr"]
-        optimizer.zero_grad(set_to_none=True)
-        value = float(_gradients(towers, rows["train"], step))
-        average_gradients([*encoder, *projectors], ranks.world_size)
-        norm = float(nn.utils.clip_grad_norm_(encoder, math.inf)) if encoder else 0.0
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise NonFiniteError(
-                f"the loss is {value} and the norm of the encoder's gradient {norm} at step "
-                f"{step}: expected finite numbers. Use a smaller lr than {config.lr:g} or a "
-                f"smaller encoder_lr_scale than {config.encoder_lr_scale:g}."
-            )
-        optimizer.step()
-        model.clamp_scale_()
-
-        # -- log and look at the validation people -------------------------------------------
-        least, share = min(least, value), value / log_n if log_n else None
-        if step == 1:  # the loss before the first update is that of the start
-            best |= {"loss": value, "loss_over_log_n": share}
-        row: dict[str, Any] = {
-            "step": step, "loss": value, "loss_over_log_n": share, **_scale(model), "lr": lr,
-            "encoder_lr": lr * config.encoder_lr_scale, "encoder_gradient_norm": norm,
-            "seconds": round(time.monotonic() - begin, 3), "peak_mib": peak_mib(),
-            **device_peak_mib(ranks.device),
-        }  # fmt: skip
-        if step % config.eval_every == 0 or step == config.max_steps:
-            row |= _look(towers, rows["validation"])
-            if row["validation_auc"] > best["validation_auc"]:
-                best, kept = dict(row), _snapshot(encoder, model)
-        log.write(**row)
-        progress.update(step, f"loss {value:.3f}, validation AUC {best['validation_auc']:.3f}")
-        if step - best["step"] >= config.patience * config.eval_every:
-            break
-    _restore(kept, encoder, model)
-    return {
-        "best": best, "frozen": first, "n_steps": step, "least_loss": least, "log_n": log_n,
-        "seconds": time.monotonic() - begin,
-    }  # fmt: skip
-
-
-def _gradients(towers: Towers, train: np.ndarray, step: int) -> Tensor:
-    """Gradients of the loss of one batch, of this process's share of it; returns the loss."""
-    config, ranks, model = towers.config, towers.ranks, towers.model
-    batch = batch_of(len(train), step, config)
-    own = slice(ranks.rank, None, ranks.world_size)
-    keep = kept_units(model, len(batch), step, config.seed)
-    masks = {name: None if mask is None else mask[own] for name, mask in keep.items()}
-    people = train[batch[own]]
-    parts = parts_of(people, config.micro_batch)
-    order = call_order(len(parts))
-    model.train()
-    with Prefetch(lambda i: towers.tower.load(parts[order[i]], step), 0, len(order)) as loaded:
-
-        def embed(k: int) -> tuple[Tensor, Tensor]:
-            place = slice(k * config.micro_batch, (k + 1) * config.micro_batch)
-            kept = {
-                name: None if mask is None else mask[place].to(ranks.device)
-                for name, mask in masks.items()
-            }
-            a = towers.brain_rows(parts[k], next(loaded), kept["brain"])
-            return a, towers.dna_rows(parts[k], kept["dna"])
-
-        return cached_backward(
-            embed,
-            len(parts),
-            lambda a, b: info_nce(a, b, model.logit_scale, ids=towers.ids_of(people)),
-            device=ranks.device,
-        )
-
-
-def _optimizer(
-    encoder: list[nn.Parameter], projectors: list[nn.Parameter], config: FinetuneConfig
-) -> torch.optim.AdamW:
-    groups: list[dict[str, Any]] = []
-    for parameters, relative_lr, decay in (
-        (encoder, config.encoder_lr_scale, config.encoder_weight_decay),
-        (projectors, 1.0, config.weight_decay),
-    ):
-        for matrices in (True, False):
-            chosen = [p for p in parameters if (p.ndim > 1) == matrices]
-            how = {"relative_lr": relative_lr, "weight_decay": decay if matrices else 0.0}
-            groups += [{"params": chosen, **how}] if chosen else []
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
-
-
-@torch.no_grad()
-def _look(towers: Towers, people: np.ndarray) -> dict[str, float]:
-    """What is measured on validation people, as rank 0 finds it: all ranks must stop together."""
-    brain, dna = towers.both(people)
-    ids, scale = towers.ids_of(people), towers.model.logit_scale
-    loss = float(info_nce(brain, dna, scale, ids=ids, local=True))
-    found = {
-        "validation_auc": pair_auc(brain, dna, ids=ids),
-        "validation_information": chance_level(len(people), ids, brain.device, local=True) - loss,
-        "validation_alignment": float((brain - dna).square().sum(1).mean()),
-        "validation_uniformity": (uniformity(brain) + uniformity(dna)) / 2,
-        "effective_rank": (effective_rank(brain) + effective_rank(dna)) / 2,
-    }
-    values = torch.tensor(list(found.values()), dtype=torch.float64, device=brain.device)
-    if towers.ranks.world_size > 1:
-        dist.broadcast(values, src=0)
-    return dict(zip(found, values.tolist(), strict=True))
-
-
-def _scale(model: AlignmentModel) -> dict[str, float]:
-    return {"logit_scale": float(model.logit_scale.detach())}
-
-
-_Snapshot = tuple[list[Tensor], dict[str, Tensor]]
-
-
-def _snapshot(encoder: list[nn.Parameter], model: AlignmentModel) -> _Snapshot:
-    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    return [p.detach().clone() for p in encoder], weights
-
-
-@torch.no_grad()
-def _restore(kept: _Snapshot, encoder: list[nn.Parameter], model: AlignmentModel) -> None:
-    for parameter, value in zip(encoder, kept[0], strict=True):
-        parameter.copy_(value)
-    model.load_state_dict(kept[1])
-
-
 # -- results ---------------------------------------------------------------------------------------
 
 
@@ -356,27 +206,27 @@ def _head(
 
 
 def _summary(
-    outcome: dict[str, Any],
+    progress: Progress,
     rows: Mapping[str, np.ndarray],
     trained: Trained,
     config: FinetuneConfig,
     alignment: Alignment,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    best, before = outcome["best"], alignment.info.get("summary", {})
+    best, least, before = progress.best, progress.least_loss, alignment.info.get("summary", {})
     settings = alignment.model.settings
     return {
         **{key: before[key] for key in ("columns", "residualised_on") if key in before},
         "modalities": ["brain", "dna"],
         **{f"n_{split}": len(people) for split, people in rows.items()},
         "loss_name": "info_nce",
-        "n_steps": outcome["n_steps"],
+        "n_steps": progress.step,
         "best_step": best["step"],
         "loss": best["loss"],
         "loss_over_log_n": best["loss_over_log_n"],
-        "least_loss": outcome["least_loss"],
-        "log_n": outcome["log_n"],
-        "signal": outcome["least_loss"] < _NO_SIGNAL * outcome["log_n"],
+        "least_loss": least,
+        "log_n": progress.log_n,
+        "signal": least is not None and least < _NO_SIGNAL * progress.log_n,
         "logit_scale": best["logit_scale"],
         "logit_scale_bounds": [settings["min_scale"], settings["max_scale"]],
         **{name: value for name, value in best.items() if name.startswith("validation_")},
@@ -386,8 +236,8 @@ def _summary(
             "how": config.how,
             "n_trained": trained.n_trained,
             "n_parameters": trained.n_all,
-            "frozen_validation_auc": outcome["frozen"],
-            "seconds": round(outcome["seconds"], 2),
+            "frozen_validation_auc": progress.frozen,
+            "seconds": round(progress.seconds, 2),
             "peak_mib": peak_mib(),
         },
     }

@@ -1,19 +1,21 @@
-"""Embeddings with one gene hidden at a time, without training again (leave one gene out).
+"""Embeddings with one gene hidden at a time, and vectors without it, to train again.
 
 Where genes stand side by side behind one PCA, conditioning is linear in each gene: what a gene adds
 is taken off, and each gene is read once. Where they are pooled, the gene is masked in the pool.
+Vectors without a gene are a view: nothing is read or copied.
 
 Shape legend: n people, s genes, o width of the shared space.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from brainfusion.alignment.genes.conditioning import GeneConditioner
-from brainfusion.alignment.genes.vectors import Gene, GeneVectors
+from brainfusion.alignment.genes.vectors import Gene, GeneSource, GeneVectors
 from brainfusion.alignment.model import Alignment, as_inputs
 from brainfusion.runtime.errors import UserError
 
@@ -57,3 +59,38 @@ def without_each_gene(
         with torch.no_grad():
             rows = model.embed(name, as_inputs(inputs).to(device))
         yield gene, rows.float().cpu().numpy()
+
+
+def without_gene(genes: GeneVectors, gene: Gene) -> GeneVectors | None:
+    """The same people without one gene; a model that has no other is left out.
+
+    None where nothing is left.
+    """
+    sources: dict[str, GeneSource] = dict(genes.sources)
+    source = sources[gene.model]
+    kept = tuple(i for i, name in enumerate(source.genes) if name != gene.name)
+    if kept:
+        sources[gene.model] = _Some(source=source, kept=kept, mask=source.mask[:, list(kept)])
+    else:
+        del sources[gene.model]
+    return GeneVectors(sources=sources, rows=genes.rows) if sources else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Some:
+    """Some genes of a source."""
+
+    source: GeneSource
+    kept: tuple[int, ...]
+    mask: np.ndarray
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        return tuple(self.source.genes[i] for i in self.kept)
+
+    @property
+    def width(self) -> int:
+        return self.source.width
+
+    def column(self, gene: int, positions: np.ndarray) -> np.ndarray:
+        return self.source.column(self.kept[gene], positions)

@@ -1,0 +1,1 @@
+"""What an attribution hides, and from whom."""
