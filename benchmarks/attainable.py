@@ -145,7 +145,7 @@ def contrastive(cohort: Cohort, kind: str) -> Iterator[tuple[str, np.ndarray]]:
         batch_size=2048 if n_train >= 20_000 else min(BATCH, n_train),
     )
     if kind == "infonce":
-        config = replace(config, init="random", lr=1e-3, dropout=0.1)
+        config = replace(config, init="random", lr=1e-3, dropout=0.1, average_decay=0.0)
     if kind == "start":
         config = replace(config, max_steps=1, warmup_steps=0, lr=1e-12)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,26 +1,72 @@
 """What an alignment run came to: the score of pairs, the summary, a sentence."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from brainfusion.alignment.batches import Batch, embed
 from brainfusion.alignment.conditioning import Conditioner
 from brainfusion.alignment.config import AlignConfig
 from brainfusion.alignment.density_ratio import DensityRatio
 from brainfusion.alignment.genes.conditioning import GeneConditioner
+from brainfusion.alignment.members import Outcome
 from brainfusion.alignment.modalities import ModalityPair, side_mean, sides_of
 from brainfusion.alignment.network import AlignmentModel
-from brainfusion.alignment.resume import Progress
-from brainfusion.alignment.validation import Validation
+from brainfusion.alignment.validation import METRICS, Validation
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.logs import say
 
+_NAMES = {"validation_auc": "the AUC", "validation_information": "the information in nats"}
 _NO_SIGNAL = 0.99
 """A loss that never left this share of that of chance has told no pair from another."""
+
+
+def settle(
+    outcome: Outcome,
+    model: AlignmentModel,
+    origin: Mapping[str, Tensor],
+    training: Batch,
+    validation: Batch,
+    config: AlignConfig,
+    ranks: Ranks,
+) -> tuple[Outcome, DensityRatio | None]:
+    """The score of pairs, and the start again where that is scored better than what came of it.
+
+    While an alignment trains, cosines are looked at. The density ratio may score a start in closed
+    form much better than its cosines do, so what is kept has to beat it at that, too.
+
+    Args:
+        outcome: What is kept by the cosines.
+        model: Has its weights, and gets those of the start where they are kept.
+        origin: The weights of the start.
+        training: Training people.
+        validation: Validation people.
+        config: The settings.
+        ranks: Where this process stands.
+    """
+    head = fit_head(model, training, validation, config, ranks)
+    if head is None or not outcome.start or outcome.best["kept"] == "start":
+        return outcome, head
+    trained = copy.deepcopy(model.state_dict())
+    model.load_state_dict(origin)
+    of_start = fit_head(model, training, validation, config, ranks)
+    assert of_start is not None
+    if of_start.information <= head.information:
+        model.load_state_dict(trained)
+        return outcome, head
+    if ranks.is_main:
+        say(
+            f"scored by the density ratio, the start tells validation people apart better "
+            f"({of_start.information:.4f} nats) than step {outcome.best['step']} does "
+            f"({head.information:.4f}): the start is kept."
+        )
+    return replace(outcome, best=outcome.start), of_start
 
 
 @torch.no_grad()
@@ -55,7 +101,7 @@ def _complete(model: AlignmentModel, people: Batch) -> dict[str, np.ndarray]:
 
 
 def describe(
-    progress: Progress,
+    outcome: Outcome,
     pairs: Sequence[ModalityPair],
     look: Validation,
     *,
@@ -64,9 +110,10 @@ def describe(
     conditioners: Mapping[str, Conditioner | GeneConditioner],
     config: AlignConfig,
     ranks: Ranks,
+    begun: Mapping[str, float],
 ) -> dict[str, Any]:
     """The summary of a run: JSON values."""
-    best = progress.best
+    best = outcome.best
     several = {}
     if len(conditioners) > 2:
         several = {
@@ -95,19 +142,21 @@ def describe(
         **several,
         **{f"n_{split}": len(people) for split, people in rows.items()},
         "loss_name": config.loss,
-        "n_steps": progress.step,
+        "n_steps": outcome.n_steps,
         "best_step": best["step"],
+        "kept": best["kept"],
         "loss": best["loss"],
         "loss_over_log_n": best["loss_over_log_n"],
-        "least_loss": progress.least_loss,
+        "least_loss": outcome.least_loss,
         "log_n": best["log_n"],
-        "signal": progress.least_share is None or progress.least_share < _NO_SIGNAL,
+        "signal": outcome.least_share is None or outcome.least_share < _NO_SIGNAL,
         "logit_scale": best["logit_scale"],
         "logit_scale_bounds": [config.min_scale, config.max_scale],
         **{f"validation_{name}": best[f"validation_{name}"] for name in measures},
         "effective_rank": best["effective_rank"],
         "n_processes": ranks.world_size,
-        **({"start": progress.facts} if progress.facts else {}),
+        **({"start": dict(begun)} if begun else {}),
+        **outcome.members,
         **describe_inputs(conditioners, config),
     }
 
@@ -140,15 +189,47 @@ def describe_inputs(
     }
 
 
-def sentence(summary: Mapping[str, Any]) -> str:
-    """What came out, plainly."""
+def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What came out, plainly: of the members, where there are several, and of the run."""
+    if members := summary.get("members"):
+        yield from _of_members(members, summary)
+    averaged = f" ({summary['kept']})" if summary["kept"].startswith("average") else ""
     found = (
         f"aligned {summary['n_train']} people: best step {summary['best_step']} of "
-        f"{summary['n_steps']}, validation AUC {summary['validation_auc']:.3f} (chance 0.5)"
+        f"{summary['n_steps']}{averaged}, validation AUC "
+        f"{summary['validation_auc']:.3f} (chance 0.5)"
     )
     if summary["signal"]:
-        return f"{found}."
-    return (
+        yield f"{found}."
+        return
+    yield (
         f"{found}. No pairing signal yet: the loss has stayed within 1% of log N = "
         f"{summary['log_n']:.3f}, where no pair is told from another."
     )
+
+
+def _of_members(members: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Iterator[str]:
+    """A line on the candidates, and one on the seeds."""
+    metric, chosen = METRICS[summary["chosen_by"]], summary["chosen"]
+    candidates = [row for row in members if row["seed"] == members[0]["seed"]]
+    if len(candidates) > 1:
+        found = (
+            f"weight decay {chosen['weight_decay']:g} and dropout {chosen['dropout']:g} chosen of "
+            f"{len(candidates)} candidates by {_NAMES[metric]} of the validation people"
+        )
+        table = "; ".join(
+            f"{row['weight_decay']:g} and {row['dropout']:g}: {row[metric]:.4f}"
+            for row in candidates
+        )
+        if all(row["kept"] == "start" for row in candidates):
+            yield f"{found}: the start is better than any step of any of them."
+        else:
+            yield f"{found} ({table})."
+    if average := summary.get("average_over_seeds"):
+        own = [row for row in members if all(row[k] == v for k, v in chosen.items())]
+        kept = "is" if summary["kept"] == "average over seeds" else "is not"
+        yield (
+            f"{len(own)} seeds: the average of their weights {kept} kept, with {_NAMES[metric]} "
+            f"{average[metric]:.4f} of the validation people; each by itself "
+            f"{', '.join(f'{row[metric]:.4f}' for row in own)}."
+        )

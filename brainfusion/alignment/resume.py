@@ -1,71 +1,42 @@
 """Going on with a stopped alignment, to the bit.
 
-A checkpoint in `run_dir/checkpoints` holds the weights, the best weights so far, the optimizer and
-the step; batches, dropout and the learning rate are functions of the step, and the conditioners are
-fitted again on the same people. Each is written aside and renamed, so it is whole or absent even
-after kill -9, and metrics.jsonl is cut back to the step that it is of.
+A checkpoint in `run_dir/checkpoints` holds which member of the run is being trained, its weights,
+their average, its best weights so far, its optimizer and its step, and what is kept of the members
+before it; batches, dropout and the learning rate are functions of seed and step, and conditioners
+and start are found again from the same people. Each is written aside and renamed, so it is whole or
+absent even after kill -9, and metrics.jsonl is cut back to the step that it is of.
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from brainfusion.alignment.config import AlignConfig
 from brainfusion.alignment.genes.vectors import GeneVectors
+from brainfusion.alignment.member import Member, Progress
+from brainfusion.alignment.members import Members
 from brainfusion.runtime import checkpoint
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import CheckpointError
-from brainfusion.runtime.logs import say
+from brainfusion.runtime.files import write_text
+from brainfusion.runtime.logs import MetricsLog, read_metrics, say
 
 if TYPE_CHECKING:
     from brainfusion.alignment.losses.pair_ids import PairIds
 
 _GENES_HASHED = 8
 """Genes of a model whose vectors tell whether they are still the same."""
-
-
-@dataclass(kw_only=True, eq=False)
-class Progress:
-    """Where a run stands, beside its weights and its optimizer."""
-
-    step: int = 0
-    """Steps that were taken."""
-    best: dict[str, Any] = field(default_factory=dict)
-    """The row of metrics of the best look at the validation people; empty before the first."""
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    """Its weights."""
-    least_loss: float | None = None
-    """Least loss so far, in nats."""
-    least_share: float | None = None
-    """Least loss so far, as a share of that of chance."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What was found at the start, for the summary."""
-
-    def note(self, row: Mapping[str, Any]) -> None:
-        """Take a step's row into account."""
-        self.step = row["step"]
-        self.least_loss = _least(self.least_loss, row["loss"])
-        self.least_share = _least(self.least_share, row["loss_over_log_n"])
-
-    def keep(self, row: Mapping[str, Any], model: nn.Module) -> None:
-        """Take a look's row and the weights as they are for the best so far."""
-        self.note(row)
-        self.best = dict(row)
-        self.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def _least(known: float | None, value: float | None) -> float | None:
-    """The lesser of two numbers, either of which may not be known."""
-    return min((x for x in (known, value) if x is not None), default=None)
+_PROGRESS = ("start", "best", "least_loss", "least_share")
+"""Of a member's progress, what a checkpoint holds as JSON."""
 
 
 def facts_of(
@@ -96,28 +67,39 @@ def facts_of(
 
 def save(
     run_dir: Path,
-    progress: Progress,
+    members: Members,
+    member: Member,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
     world_size: int,
 ) -> None:
-    """Write a checkpoint of `progress.step`, and drop those before the one before it."""
-    weights = {f"now.{key}": value for key, value in model.state_dict().items()}
-    weights |= {f"best.{key}": value for key, value in progress.best_weights.items()}
+    """Write a checkpoint of all steps so far, and drop those before the one before it.
+
+    Args:
+        run_dir: Of the run.
+        members: The members that are finished.
+        member: The one that is being trained.
+        facts: `facts_of` the run.
+        world_size: Processes of the run.
+    """
+    progress = member.progress
+    parts = {
+        "now": member.model.state_dict(),
+        "best": progress.best_weights,
+        "average": member.average.model.state_dict() if member.average else {},
+        "kept": members.weights,
+        "mean": members.mean,
+    }
     checkpoint.save(
         run_dir,
-        progress.step,
-        weights=weights,
-        optimizer=optimizer.state_dict(),
+        members.n_steps + progress.step,
+        weights={f"{part}.{key}": x for part, state in parts.items() for key, x in state.items()},
+        optimizer=member.optimizer.state_dict(),
         state={
             "run": dict(facts),
             "world_size": world_size,
-            "best": progress.best,
-            "least_loss": progress.least_loss,
-            "least_share": progress.least_share,
-            "facts": progress.facts,
+            "finished": members.finished,
+            **{name: getattr(progress, name) for name in _PROGRESS},
         },
     )
 
@@ -126,12 +108,39 @@ def save(
 class Stopped:
     """What a stopped run left."""
 
+    members: Members
     progress: Progress
     weights: dict[str, Tensor]
+    """Of the member that was being trained."""
+    average: dict[str, Tensor]
+    """Of its moving average, where it has one."""
     optimizer: dict[str, Any]
 
+    def restore(self, member: Member) -> None:
+        """Put the member where its training stopped."""
+        member.progress = self.progress
+        member.model.load_state_dict(self.weights)
+        member.optimizer.load_state_dict(self.optimizer)
+        if member.average is not None:
+            member.average.model.load_state_dict(self.average)
 
-def find(run_dir: Path, facts: Mapping[str, Any], ranks: Ranks) -> Stopped | None:
+
+def open_log(run_dir: Path, stopped: Stopped | None, ranks: Ranks) -> MetricsLog:
+    """metrics.jsonl: empty, or with the rows up to where a stopped run goes on."""
+    path = run_dir / "metrics.jsonl"
+    if stopped is None or not path.exists():
+        return MetricsLog(path, active=ranks.is_main)
+    last = (len(stopped.members.finished), stopped.progress.step)
+    if ranks.is_main:
+        rows = read_metrics(path)
+        kept = [row for row in rows if (row["member"], row["step"]) <= last]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return MetricsLog(path, active=ranks.is_main, resume_step=stopped.members.config.max_steps)
+
+
+def find(
+    run_dir: Path, facts: Mapping[str, Any], config: AlignConfig, ranks: Ranks
+) -> Stopped | None:
     """What a stopped run left in `run_dir`, the same for all ranks; none if it left nothing.
 
     Only the main rank reads: the others need not see its disk.
@@ -142,7 +151,7 @@ def find(run_dir: Path, facts: Mapping[str, Any], ranks: Ranks) -> Stopped | Non
     box: list[Any] = [None]
     if ranks.is_main:
         try:
-            box = [_read(run_dir, facts, ranks.world_size)]
+            box = [_read(run_dir, facts, config, ranks.world_size)]
         except CheckpointError as error:
             box = [error]
     if ranks.world_size > 1:
@@ -150,7 +159,8 @@ def find(run_dir: Path, facts: Mapping[str, Any], ranks: Ranks) -> Stopped | Non
     if isinstance(box[0], CheckpointError):
         raise box[0]
     if box[0] is not None and ranks.is_main:
-        say(f"going on with the run that was stopped at step {box[0].progress.step}.")
+        where = box[0].members.where(f"step {box[0].progress.step}")
+        say(f"going on with the run that was stopped at {where}.")
     return box[0]
 
 
@@ -159,7 +169,9 @@ def forget(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-def _read(run_dir: Path, facts: Mapping[str, Any], world_size: int) -> Stopped | None:
+def _read(
+    run_dir: Path, facts: Mapping[str, Any], config: AlignConfig, world_size: int
+) -> Stopped | None:
     if not checkpoint.steps(run_dir):
         return None
     folder = checkpoint.newest(run_dir)
@@ -176,16 +188,20 @@ def _read(run_dir: Path, facts: Mapping[str, Any], world_size: int) -> Stopped |
             "order, so it is not the same run to the bit."
         )
     weights = checkpoint.load_weights(folder)
-    now, best = (
+    now, best, average, kept, mean = (
         {key.removeprefix(part): x for key, x in weights.items() if key.startswith(part)}
-        for part in ("now.", "best.")
+        for part in ("now.", "best.", "average.", "kept.", "mean.")
     )
-    kept = ("best", "least_loss", "least_share", "facts")
+    members = Members(config, finished=state["finished"], weights=kept, mean=mean)
     return Stopped(
+        members=members,
         progress=Progress(
-            step=int(state["step"]), best_weights=best, **{name: state[name] for name in kept}
+            step=int(state["step"]) - members.n_steps,
+            best_weights=best,
+            **{name: state[name] for name in _PROGRESS},
         ),
         weights=now,
+        average=average,
         optimizer=checkpoint.load_optimizer(folder),
     )
 

@@ -1,10 +1,11 @@
 """Training of the alignment: one loop, on one process or many, with early stopping.
 
+The start is found once; each member of a run (`members`), most often one alone, is trained from it.
+
 Shape legend: n people, t training people, d features of a modality.
 """
 
-import math
-import time
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,38 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from brainfusion.alignment import resume as resuming
 from brainfusion.alignment.batches import Batch, Batches
 from brainfusion.alignment.config import AlignConfig
-from brainfusion.alignment.finetuning.grad_cache import average_gradients
 from brainfusion.alignment.genes.vectors import GeneVectors
+from brainfusion.alignment.member import Member
+from brainfusion.alignment.members import Members, check_start
 from brainfusion.alignment.modalities import modality_pairs
 from brainfusion.alignment.model import Alignment
-from brainfusion.alignment.network import AlignmentModel
-from brainfusion.alignment.objective import BatchLoss, Objective
-from brainfusion.alignment.outcome import describe, fit_head, sentence
+from brainfusion.alignment.objective import Objective
+from brainfusion.alignment.outcome import describe, sentences, settle
 from brainfusion.alignment.prepare import (
     check,
     conditioned,
     everyone,
     fit_conditioners,
     make_model,
-    make_optimizer,
     peak_lr,
     start,
 )
-from brainfusion.alignment.resume import Progress
-from brainfusion.alignment.validation import METRICS, Validation
+from brainfusion.alignment.validation import Validation
 from brainfusion.alignment.validation import effective_rank as effective_rank
 from brainfusion.alignment.validation import pair_auc as pair_auc
 from brainfusion.runtime import config as configs
 from brainfusion.runtime import logs
 from brainfusion.runtime.distributed import Ranks, barrier
-from brainfusion.runtime.errors import NonFiniteError
 from brainfusion.runtime.files import check_writable, write_json
-from brainfusion.runtime.schedules import warmup_cosine
 from brainfusion.runtime.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
@@ -117,7 +113,7 @@ def train(
         facts = resuming.facts_of(
             features, labels, config=config, present=has, ids=ids, covariates=covariates
         )
-    stopped = resuming.find(run_dir, facts, ranks) if resume else None
+    stopped = resuming.find(run_dir, facts, config, ranks) if resume else None
     if ranks.is_main:
         check_writable(run_dir)
         configs.save(run_dir / "config.yaml", config)
@@ -141,93 +137,63 @@ def train(
             )
             for people in (rows["train"], rows["validation"])
         )
-        # -- model ---------------------------------------------------------------------------
+        # -- the start: found once, the same for all members ----------------------------------
         torch.manual_seed(config.seed)
         model = make_model(config, conditioners).to(ranks.device)
-        training, begun = start(model, training, config, ranks, fresh=stopped is None)
+        training, begun = start(model, training, config, ranks, fresh=True)
+        check_start(config, begun)
+        origin = copy.deepcopy(model.state_dict())
         peak = peak_lr(config, closed_form=bool(begun))
-        optimizer = make_optimizer(model, config, peak)
-        progress = Progress(facts=begun)
-        if stopped is not None:
-            progress = stopped.progress
-            model.load_state_dict(stopped.weights)
-            optimizer.load_state_dict(stopped.optimizer)
         look = Validation(validation, pairs, ranks)
-        batches = Batches(training, config, ranks)
-        objective = Objective(training, pairs, config, whole=batches.whole)
-        log = logs.MetricsLog(
-            run_dir / "metrics.jsonl", active=ranks.is_main, resume_step=progress.step or None
-        )
-        line = logs.Progress("align", config.max_steps, start=progress.step, active=ranks.is_main)
-        metric = METRICS[config.early_stopping]
-        if begun and not progress.step:
-            # The closed form is a result already: training has to beat it.
-            people, batch = batches.at(1)
-            with torch.no_grad():
-                loss = objective(model.eval(), batch, people, {})
-            row = _row(0, _agree(loss.value, False, ranks)[0], loss, model, config) | look(model)
-            progress.keep(row, model)
-            log.write(**row)
+        whole = Batches(training, config, ranks).whole
+        objective = Objective(training, pairs, config, whole=whole)
 
-        # -- the loop ------------------------------------------------------------------------
+        # -- the loop, for each member -------------------------------------------------------
+        members = Members(config) if stopped is None else stopped.members
+        log = resuming.open_log(run_dir, stopped, ranks)
         signals = StopSignals()
         with signals if checkpoint_every else nullcontext():
-            for step in range(progress.step + 1, config.max_steps + 1):
-                best = progress.best
-                if best and step - 1 - best["step"] >= config.patience * config.eval_every:
-                    break
-                begin = time.monotonic()
-                lr = warmup_cosine(
-                    step, start=0.0, peak=peak, end=0.0, n_warmup=config.warmup_steps,
-                    n_steps=config.max_steps + 1,
+            while (own := members.next()) is not None:
+                number = len(members.finished)
+                model = make_model(own, conditioners).to(ranks.device)
+                model.load_state_dict(origin)
+                batches = Batches(training, own, ranks)
+                member = Member(own, model, batches, objective, look, peak_lr=peak, ranks=ranks)
+                if stopped is not None:
+                    stopped.restore(member)
+                    stopped = None
+                elif begun:
+                    log.write(member=number, **member.start())
+                line = logs.Progress(
+                    members.where("align"), config.max_steps, start=member.progress.step,
+                    active=ranks.is_main,
                 )  # fmt: skip
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["relative_lr"]
-                people, batch = batches.at(step)
-                model.train()
-                loss = objective(model, batch, people, batches.keep(model, step, len(people)))
-                optimizer.zero_grad()
-                loss.value.backward()
-                average_gradients(model.parameters(), ranks.world_size)
-                optimizer.step()
-                model.clamp_scale_()
-
-                # -- log and look at the validation people -----------------------------------
-                value, stopping = _agree(loss.value, signals.received is not None, ranks)
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"the loss is {value} at step {step}: expected a finite number. Use a "
-                        f"smaller lr than {peak}, or check the features for extreme values."
-                    )
-                seconds = time.monotonic() - begin
-                row = _row(step, value, loss, model, config, lr=lr, seconds=seconds)
-                progress.note(row)
-                last = step == config.max_steps
-                if step % config.eval_every == 0 or last:
-                    row |= look(model)
-                    if not best or row[metric] > best[metric]:
-                        progress.keep(row, model)
-                log.write(**row)
-                auc = progress.best.get("validation_auc", 0.0)
-                line.update(step, f"loss {value:.3f}, validation AUC {auc:.3f}")
-                if checkpoint_every and (step % checkpoint_every == 0 or last or stopping):
-                    if ranks.is_main:
-                        resuming.save(
-                            run_dir, progress, model=model, optimizer=optimizer, facts=facts,
-                            world_size=ranks.world_size,
-                        )  # fmt: skip
-                    barrier()
-                if stopping and not last:
-                    raise Stopped(f"at step {step}")
+                while not member.is_done:
+                    row, stopping = member.take_step(stop=signals.received is not None)
+                    log.write(member=number, **row)
+                    step, last = row["step"], row["step"] == config.max_steps
+                    auc = member.progress.best.get("validation_auc", 0.0)
+                    line.update(step, f"loss {row['loss']:.3f}, validation AUC {auc:.3f}")
+                    if checkpoint_every and (step % checkpoint_every == 0 or last or stopping):
+                        if ranks.is_main:
+                            resuming.save(
+                                run_dir, members, member, facts=facts, world_size=ranks.world_size
+                            )
+                        barrier()
+                    if stopping and not (last and members.is_last):
+                        raise Stopped(members.where(f"at step {step}"))
+                members.add(own, member.progress)
         log.close()
-        model.load_state_dict(progress.best_weights)
+        model = make_model(members.kept, conditioners).to(ranks.device)
+        outcome, head = settle(
+            members.outcome(model, look), model, origin, training, validation, config, ranks
+        )
 
     # -- what was found --------------------------------------------------------------------------
     summary = describe(
-        progress, pairs, look, rows=rows, present=has, conditioners=conditioners, config=config,
-        ranks=ranks,
+        outcome, pairs, look, rows=rows, present=has, conditioners=conditioners, config=config,
+        ranks=ranks, begun=begun,
     )  # fmt: skip
-    head = fit_head(model, training, validation, config, ranks)
     alignment = Alignment(
         model=model.cpu().eval(),
         conditioners=conditioners,
@@ -237,37 +203,7 @@ def train(
     if ranks.is_main:
         alignment.save(run_dir / "model")
         write_json(run_dir / "summary.json", {**summary, "meta": dict(meta or {})})
-        logs.say(sentence(summary))
+        for text in sentences(summary):
+            logs.say(text)
     barrier()
     return TrainResult(alignment=alignment, summary=summary, run_dir=run_dir)
-
-
-def _row(
-    step: int,
-    value: float,
-    loss: BatchLoss,
-    model: AlignmentModel,
-    config: AlignConfig,
-    *,
-    lr: float = 0.0,
-    seconds: float = math.inf,
-) -> dict[str, Any]:
-    """A row of metrics.jsonl."""
-    return {
-        "step": step,
-        "loss": value,
-        "log_n": loss.chance,
-        "loss_over_log_n": value / loss.chance if config.loss != "siglip" and loss.chance else None,
-        "logit_scale": float(model.logit_scale.detach()),
-        "logit_scale_bounds": [config.min_scale, config.max_scale],
-        "lr": lr,
-        "pairs_per_s": loss.n_pairs / seconds,
-    }
-
-
-def _agree(loss: torch.Tensor, stop: bool, ranks: Ranks) -> tuple[float, bool]:
-    """The mean of the ranks' losses, and whether any of them was asked to stop."""
-    both = torch.stack([loss.detach().double(), loss.new_tensor(stop, dtype=torch.float64)])
-    if ranks.world_size > 1:
-        dist.all_reduce(both)
-    return float(both[0]) / ranks.world_size, bool(both[1] > 0)

@@ -79,8 +79,9 @@ def inputs(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return features, known
     features, labels = cohort(n=200)
     closed = {"init": "rcca", "score": "density-ratio"}
-    change = {"whole": {"batch_size": 0}, "batches": {}, "closed form": closed}[kind]
-    return features, {"labels": labels, "config": replace(CONFIG, **change)}
+    members = {**closed, "average_decay": 0.8, "choose_dropout": (0.3, 0.0), "n_seeds": 2}
+    change = {"whole": {"batch_size": 0}, "batches": {}, "closed form": closed, "members": members}
+    return features, {"labels": labels, "config": replace(CONFIG, **change[kind])}
 
 
 @pytest.mark.parametrize("kind", ["whole", "batches", "closed form", "genes", "several"])
@@ -154,24 +155,27 @@ from tests.alignment.test_train_resume import inputs
 real = checkpoint._save_optimizer
 def save(path, optimizer):
     real(path, optimizer)
-    if path.parent.name.startswith(".step-0000009-"):
+    if path.parent.name.startswith(".step-0000017-"):
         os.kill(os.getpid(), signal.SIGKILL)  # the weights are there, state.json is not
 checkpoint._save_optimizer = save
-features, known = inputs("batches")
+features, known = inputs("members")
 train(features, **known, run_dir=Path({folder!r}), checkpoint_every=3, resume=True)
 """
 
 
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(tmp_path):
-    features, known = inputs("batches")
+    features, known = inputs("members")
     train(features, **known, run_dir=tmp_path / "whole")
     words = [sys.executable, "-c", KILLED.format(folder=str(tmp_path / "cut"))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert subprocess.run(words, env=env, check=False).returncode == -signal.SIGKILL
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
-    assert left[0].startswith(".step-0000009-")
-    assert left[1:] == ["step-0000003", "step-0000006"]
-    assert metrics(tmp_path / "cut")[-1]["step"] == 9
+    assert left[0].startswith(".step-0000017-")
+    assert left[1:] == ["step-0000011", "step-0000014"]
+    assert (metrics(tmp_path / "cut")[-1]["member"], metrics(tmp_path / "cut")[-1]["step"]) == (
+        1,
+        6,
+    )
     train(features, **known, run_dir=tmp_path / "cut", checkpoint_every=3, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
