@@ -35,6 +35,7 @@ from brainfusion.cli.modalities import (
 )
 from brainfusion.cli.negatives import Negatives, chosen_rule, facts, pair_ids
 from brainfusion.cli.options import at_least, parse
+from brainfusion.cli.runs import AlignmentRun
 from brainfusion.cli.unfinished import unfinished
 from brainfusion.cli.workspace import Place, Workspace, hash_ids, open_cohort
 from brainfusion.data.features import write_features
@@ -119,11 +120,8 @@ def main(argv: list[str]) -> int:
             say(f"asked to stop: saved {stop}; the same command goes on from there.")
             return STOPPED
     if ranks.is_main:
-        flags = " ".join(workspace.options())
-        say(
-            f"next: brainfusion retrieve --brain {side_name(brain)} "
-            f"--dna {' '.join(dna)} {flags}".rstrip()
-        )
+        flags = AlignmentRun.read(run_dir).flags(workspace)
+        say(f"next: brainfusion retrieve {' '.join(flags)}")
     return 0
 
 

@@ -30,8 +30,7 @@ from brainfusion.cli.embed import LONGEST_WAIT_S, PublishedOptions
 from brainfusion.cli.modalities import Modalities, dna_models, load_modalities, load_tables
 from brainfusion.cli.negatives import pair_ids
 from brainfusion.cli.options import at_least, parse
-from brainfusion.cli.pairs import read_haplotypes
-from brainfusion.cli.runs import ensure_alignment
+from brainfusion.cli.runs import AlignmentRun, ensure_alignment
 from brainfusion.cli.unfinished import unfinished
 from brainfusion.cli.workspace import (
     Place,
@@ -124,7 +123,7 @@ def main(argv: list[str]) -> int:
             check_alignment(load(run_dir))
             tables = load_tables(
                 workspace, cohort, brain=(options.brain,), dna=dna,
-                haplotypes=read_haplotypes(run_dir),
+                haplotypes=AlignmentRun.read(run_dir).haplotypes,
             )  # fmt: skip
             checkpoint = options.checkpoint or ensure_pretrained(workspace, model)
         start = _Start(

@@ -8,7 +8,6 @@ those of both models.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from brainfusion.cli.modalities import dna_models as dna_models
 from brainfusion.cli.modalities import dna_name as dna_name
 from brainfusion.cli.workspace import Workspace
 from brainfusion.data.cohort import Cohort
-from brainfusion.runtime.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,12 +107,6 @@ def complete(tables: Tables, cohort: Cohort) -> Pairs:
         flow=flow,
         rows=_rows(cohort, subjects),
     )
-
-
-def read_haplotypes(run_dir: Path) -> str:
-    """How an alignment run read the two haplotypes of its people."""
-    summary = read_json(run_dir / "summary.json")
-    return summary["meta"].get("provenance", {}).get("haplotypes", "mean")
 
 
 def connectomes(cohort: Cohort, pairs: Pairs) -> np.ndarray:

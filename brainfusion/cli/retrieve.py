@@ -60,9 +60,7 @@ def main(argv: list[str]) -> int:
         scores = score(
             workspace,
             cohort,
-            run.path,
-            brain=run.brain,
-            dna=run.dna,
+            run,
             n_permutations=options.permutations,
             n_bootstrap=options.bootstrap,
             seed=options.seed,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from brainfusion.cli.pairs import Pairs, connectomes, families_of, load_pairs, read_haplotypes
+from brainfusion.cli.pairs import Pairs, connectomes, families_of, load_pairs
+from brainfusion.cli.runs import AlignmentRun
 from brainfusion.cli.workspace import Workspace
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import Features, read_features
@@ -42,10 +43,8 @@ class TestPeople:
 def score(
     workspace: Workspace,
     cohort: Cohort,
-    run_dir: Path,
+    run: AlignmentRun,
     *,
-    brain: Sequence[str],
-    dna: Sequence[str],
     n_permutations: int,
     n_bootstrap: int,
     seed: int,
@@ -58,6 +57,7 @@ def score(
     """
     from brainfusion.eval.retrieval.metrics import retrieval_metrics, stratified_auc
 
+    run_dir = run.path
     test = _test_people(run_dir, cohort)
     draws = {"n_permutations": n_permutations, "n_bootstrap": n_bootstrap, "seed": seed}
     families, blocks = families_of(test.people), exchangeable(test.people)
@@ -71,8 +71,8 @@ def score(
     if (run_dir / "control").exists():
         control = _test_people(run_dir / "control", cohort)
         scores["shuffled_control"] = _control(retrieval_metrics(*control.vectors, **inference))
-    pairs = load_pairs(workspace, cohort, brain=brain, dna=dna, haplotypes=read_haplotypes(run_dir))
-    scores["baselines"] = _baselines(workspace, cohort, pairs, brain=brain, **draws)
+    pairs = load_pairs(workspace, cohort, brain=run.brain, dna=run.dna, haplotypes=run.haplotypes)
+    scores["baselines"] = _baselines(workspace, cohort, pairs, brain=run.brain, **draws)
     strata = stratified_auc(*test.vectors, _strata(test.people, families), **inference)
     scores["strata"] = strata
     linear = _attainable_linear(pairs, run_dir, len(families), n_bootstrap=n_bootstrap, seed=seed)

@@ -180,13 +180,13 @@ def test_both_haplotypes_are_combined_as_asked_and_scored_the_same_way(
     words = ("--brain", "brainlm", "--dna", "evo2", *place)
     done("align", "--max-steps", 2, "--no-control", "--haplotypes", "mean-absdiff", *words)
     asked = []
-    real = pairs_module.read_haplotypes
+    real = pairs_module.load_pairs
 
-    def spied(run_dir):
-        asked.append(real(run_dir))
-        return asked[-1]
+    def spied(*places, haplotypes, **names):
+        asked.append(haplotypes)
+        return real(*places, haplotypes=haplotypes, **names)
 
-    monkeypatch.setattr("brainfusion.cli.scoring.read_haplotypes", spied)
+    monkeypatch.setattr("brainfusion.cli.scoring.load_pairs", spied)
     done("retrieve", *BRIEF, *words)
     assert asked == ["mean-absdiff"]
     widths = {
