@@ -144,7 +144,7 @@ def _plan(options: DemoOptions, root: Path) -> list[list[Stage]]:
         [Stage("align", ["align", *pair, *place], align / "embeddings" / "dna.parquet")],
         [
             Stage("retrieve", ["retrieve", *pair, *place], align / "retrieval.json"),
-            Stage("probe", ["probe", *pair, *place], root / "probes.json"),
+            Stage("probe", ["probe", *pair, "--cca", "3", *place], root / "probes.json"),
         ],
         [Stage("attribute", ["attribute", *pair, *place], align / "attribution.json")],
         [Stage("report", ["report", *pair, *place], root / "report.html")],

@@ -2,31 +2,25 @@
 
 Ridge and logistic probes with nested cross-validation, on the people whom the alignment was not
 trained on, beside a row from the confounds alone. Numbers with more than two values are continuous
-targets, two values are two classes, more labels are as many classes. Writes <workspace>/probes.json
-and, with a row a metric, probes.parquet; with --cca, cca.json.
+targets, two values are two classes, more labels are as many classes. Several brain encoders or DNA
+models of a run are a row each, of the people who have all. Embeddings are compared with the
+features that they were made of, late fusion with its parts, features with the connectome. Writes
+<workspace>/probes.json and, with a row a metric, probes.parquet; with --cca, cca.json. With --run
+they go into the run's own folder.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import tyro
 
+from brainfusion.cli.gather import home_of
 from brainfusion.cli.options import at_least, parse
-from brainfusion.cli.pairs import (
-    Pairs,
-    connectomes,
-    dna_models,
-    dna_name,
-    load_pairs,
-    read_haplotypes,
-)
-from brainfusion.cli.runs import ensure_alignment
-from brainfusion.cli.scoring import read_embeddings
+from brainfusion.cli.probed import Probed, cca, cca_text, read_probed
+from brainfusion.cli.runs import WhichRun, check_cohort, find_run
 from brainfusion.cli.workspace import Place, Workspace
-from brainfusion.data.cohort import Cohort
 from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.files import atomic_file, write_json
 from brainfusion.runtime.logs import say
@@ -39,10 +33,7 @@ KNOWN_COLUMNS = ("subject", "family", "site", "motion", "group")
 class ProbeOptions:
     """Options of `brainfusion probe`."""
 
-    brain: str = "brainjepa"
-    """Brain features to probe."""
-    dna: tuple[str, ...] = ("evo2",)
-    """DNA embeddings to probe: one model or several."""
+    alignment: tyro.conf.OmitArgPrefixes[WhichRun] = field(default_factory=WhichRun)
     place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
     targets: tuple[str, ...] = ()
     """Columns of subjects.parquet to predict, numbers or labels;
@@ -61,8 +52,9 @@ class ProbeOptions:
     """Principal components to which connectome and DNA are reduced for one more row; 0 for none."""
     knn: bool = False
     """Whether k nearest neighbours predict as well."""
-    learning_curve: tuple[float, ...] = ()
-    """Shares of the training people to learn from, such as 0.25 0.5; the whole is always there."""
+    learning_curve: tuple[float, ...] = (0.25, 0.5)
+    """Shares of the training people to learn from; the whole is always there.
+    Without a number behind it, no learning curves."""
     rechoose: bool = False
     """Whether the penalty is chosen again for each permutation of labels, which is slower;
     for numbers it always is."""
@@ -86,49 +78,51 @@ def main(argv: list[str]) -> int:
     """Probe the people on whom the alignment was not trained."""
     options = parse(ProbeOptions, argv, prog="brainfusion probe", description=__doc__ or "")
     workspace = Workspace.of(options.place)
-    run_dir = ensure_alignment(workspace, options.brain, dna_models(options.dna))
+    run = find_run(workspace, options.alignment)
     cohort = workspace.open_cohort()
+    check_cohort(run, cohort)
     targets = _targets(options, cohort.subjects)
     from brainfusion.eval.probing.probes import tidy
 
-    dna = dna_models(options.dna)
-    haplotypes = read_haplotypes(run_dir)
-    pairs = load_pairs(workspace, cohort, brain=options.brain, dna=dna, haplotypes=haplotypes)
-    table = _probe(options, cohort, pairs, run_dir, targets)
-    with atomic_file(workspace.root / "probes.parquet") as aside:
+    probed = read_probed(workspace, cohort, run)
+    home = home_of(workspace, run, by_folder=options.alignment.run is not None)
+    table = _probe(options, probed, targets)
+    with atomic_file(home / "probes.parquet") as aside:
         tidy(table).write_parquet(aside)
-    write_json(workspace.root / "probes.json", _rows(table))
+    write_json(home / "probes.json", _rows(table))
     print(_text(table))
-    say(f"written: {workspace.root / 'probes.json'}")
+    say(f"written: {home / 'probes.json'}")
     if options.cca:
-        found = _cca(options, pairs)
-        write_json(workspace.root / "cca.json", found)
-        print(_cca_text(found))
-        say(f"written: {workspace.root / 'cca.json'}")
+        found = cca(
+            probed,
+            n_components=options.cca,
+            n_pcs=options.cca_pcs,
+            confounds=list(options.confounds),
+            n_folds=options.n_folds,
+            n_permutations=options.cca_permutations,
+            n_bootstrap=options.bootstrap,
+            seed=options.seed,
+        )
+        write_json(home / "cca.json", found)
+        print(cca_text(found))
+        say(f"written: {home / 'cca.json'}")
     return 0
 
 
-def _probe(
-    options: ProbeOptions, cohort: Cohort, pairs: Pairs, run_dir: Path, targets: list[str]
-) -> pl.DataFrame:
-    held_out = np.array([label != "train" for label in pairs.labels])
-    subjects = [s for s, kept in zip(pairs.subjects, held_out, strict=True) if kept]
-    say(
-        f"probing {len(subjects)} people on whom the alignment was not trained: "
-        f"{', '.join(targets)}"
+def _probe(options: ProbeOptions, probed: Probed, targets: list[str]) -> pl.DataFrame:
+    kept = probed.held_out
+    say(f"probing {kept.sum()} people on whom the alignment was not trained: {', '.join(targets)}")
+    return _predict(
+        options, probed, probed.features(), probed.pairs.people.filter(pl.Series(kept)), targets
     )
-    features = {
-        f"{options.brain} features": pairs.brain[held_out],
-        "connectome": connectomes(cohort, pairs)[held_out],
-        f"{dna_name(dna_models(options.dna))} vectors": pairs.dna[held_out],
-        "brain embedding": read_embeddings(run_dir, "brain").select(subjects),
-        "DNA embedding": read_embeddings(run_dir, "dna").select(subjects),
-    }
-    return _predict(options, features, pairs.people.filter(pl.Series(held_out)), targets)
 
 
 def _predict(
-    options: ProbeOptions, features: dict[str, np.ndarray], people: pl.DataFrame, targets: list[str]
+    options: ProbeOptions,
+    probed: Probed,
+    features: dict[str, np.ndarray],
+    people: pl.DataFrame,
+    targets: list[str],
 ) -> pl.DataFrame:
     """Probe all targets; one that was not asked for and cannot be predicted is left out and said.
 
@@ -137,14 +131,14 @@ def _predict(
     """
     from brainfusion.eval.probing.probes import Extras, TargetError, probe
 
-    brain, connectome, dna, *_ = features
     extras = Extras(
-        fusion=[(brain, dna)] if options.fusion else (),
-        pca=(connectome, dna) if options.pca else (),
+        fusion=[(*probed.brain, *probed.dna)] if options.fusion else (),
+        pca=("connectome", *probed.dna) if options.pca else (),
         n_pcs=options.pca or 1,
         neighbours=options.knn,
         learning_curve=options.learning_curve,
         rechoose=options.rechoose,
+        compare=_compared(options, probed),
     )
     while targets:
         try:
@@ -171,6 +165,18 @@ def _predict(
     )
 
 
+def _compared(options: ProbeOptions, probed: Probed) -> list[tuple[str, str]]:
+    """Pairs of rows that are tested against each other: is the first better than the second?"""
+    features, vectors = list(probed.brain), list(probed.dna)
+    pairs = [(name, "connectome") for name in features]
+    pairs += [("brain embedding", name) for name in features]
+    pairs += [("DNA embedding", name) for name in vectors]
+    if options.fusion:
+        joined = " + ".join([*features, *vectors])
+        pairs += [(joined, name) for name in (*features, *vectors)]
+    return pairs
+
+
 def _targets(options: ProbeOptions, subjects: pl.DataFrame) -> list[str]:
     known = [
         name
@@ -183,53 +189,9 @@ def _targets(options: ProbeOptions, subjects: pl.DataFrame) -> list[str]:
     return list(options.targets) or known
 
 
-def _cca(options: ProbeOptions, pairs: Pairs) -> dict[str, Any]:
-    """The permutation test of brain features against DNA vectors: nothing in it was trained."""
-    from brainfusion.eval.cca_permutation import cca_test
-    from brainfusion.eval.design import covariate_matrix
-
-    n, people = len(pairs.labels), pairs.people
-    n_pcs = options.cca_pcs or min(128, max(n // 8, 1))
-    confounds = [name for name in options.confounds if name in people.columns]
-    say(f"CCA of {n} people, {n_pcs} principal components a side")
-    found = cca_test(
-        pairs.brain,
-        pairs.dna,
-        nuisance=covariate_matrix(people, confounds),
-        families=pairs.families,
-        blocks=people["site"].to_list() if "site" in people.columns else None,
-        n_components=options.cca,
-        n_pcs=n_pcs,
-        n_permutations=options.cca_permutations,
-        n_folds=options.n_folds,
-        n_held_out_permutations=min(options.cca_permutations, 199),
-        n_bootstrap=options.bootstrap,
-        seed=options.seed,
-    )
-    return {
-        "brain": options.brain,
-        "dna": dna_name(dna_models(options.dna)),
-        "n": found.n,
-        "n_pcs": list(found.n_columns),
-        "n_permutations": options.cca_permutations,
-        "confounds": confounds,
-        "components": found.rows(),
-    }
-
-
-def _cca_text(found: dict[str, Any]) -> str:
-    lines = [f"{'component':<10} {'fitted':>7} {'p (family-wise)':>16} {'held out':>9} {'p':>7}"]
-    lines += [
-        f"{row['component']:<10} {row['correlation']:>7.3f} {row['p_family_wise']:>16.3f} "
-        f"{row['held_out']:>9.3f} {row['p_held_out']:>7.3f}"
-        for row in found["components"]
-    ]
-    return "\n".join(lines)
-
-
 def _rows(table: pl.DataFrame) -> list[dict[str, Any]]:
     """Rows for JSON, which has no NaN; what is nested and not there is left out."""
-    nested = ("metrics", "reliability", "learning_curve")
+    nested = [name for name, kind in table.schema.items() if kind == pl.List]
     rows = []
     for row in table.to_dicts():
         out = {key: _number(value) for key, value in row.items() if key not in nested}

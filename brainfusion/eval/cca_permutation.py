@@ -59,6 +59,9 @@ class CCATest:
     ci_high: np.ndarray
     p_held_out: np.ndarray
     """One-sided: of as high a held-out correlation among permuted people; NaN without folds."""
+    null_low: np.ndarray
+    """Ends of the middle 95% of held-out correlations of permuted people; NaN without any."""
+    null_high: np.ndarray
     n: int
     """People."""
     n_columns: tuple[int, int]
@@ -70,7 +73,7 @@ class CCATest:
         rows = []
         for i in range(len(self.correlations)):
             row: dict[str, float | int] = {"component": i + 1, "n": self.n}
-            for name in (*names, "p_held_out"):
+            for name in (*names, "p_held_out", "null_low", "null_high"):
                 value = float(getattr(self, name)[i])
                 if np.isfinite(value):
                     row[name.removesuffix("s")] = value
@@ -143,10 +146,7 @@ def cca_test(
         correlations=correlations,
         p_values=p,
         p_family_wise=np.maximum.accumulate(p),
-        held_out=held[0],
-        ci_low=held[1],
-        ci_high=held[2],
-        p_held_out=held[3],
+        **held,
         n=len(kept),
         n_columns=n_columns,
     )
@@ -252,12 +252,13 @@ def _held_out(
     ridge: float,
     counts: tuple[int, int, int],
     seed: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Correlations, interval ends and p-values [k]; NaN where they are not asked for."""
+) -> dict[str, np.ndarray]:
+    """The held-out fields of `CCATest`, [k] each; NaN where they are not asked for."""
     n_folds, n_permutations, n_bootstrap = counts
-    nothing = np.full(k, np.nan)
+    names = ("held_out", "ci_low", "ci_high", "p_held_out", "null_low", "null_high")
+    out = {name: np.full(k, np.nan) for name in names}
     if not n_folds:
-        return nothing, nothing, nothing, nothing
+        return out
     n, (families, blocks) = len(x), about
     family, block = family_codes(families, n), block_codes(blocks, n)
     even = (block[:, None] == np.arange(block.max() + 1)).astype(np.float64)
@@ -266,22 +267,27 @@ def _held_out(
     pairs = [part.variates(np.arange(n), k) for part in parts]
     u, v = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     rows = np.concatenate([part.rows for part in parts])
-    held = _correlations(u, v)
-    low, high, p = nothing.copy(), nothing.copy(), nothing.copy()
+    out["held_out"] = held = _correlations(u, v)
     if n_bootstrap:
         draws = bootstrap_weights(int(family.max()) + 1, n_bootstrap, seed)[:, family[rows]]
         sums = [draws @ one for one in (u * v, u * u, v * v)]
         resampled = sums[0] / np.sqrt(np.maximum(sums[1] * sums[2], 1e-300))
-        ends = np.array([interval(resampled[:, i]) for i in range(k)])
-        low, high = ends[:, 0], ends[:, 1]
+        out["ci_low"], out["ci_high"] = _ends(resampled)
     if n_permutations:
         within = (block * n_folds + folds).tolist()
-        null = []
+        drawn = []
         for move in block_permutations(n, families, within, n_permutations, seed):
             moved = [part.variates(move, k) for part in parts]
-            null.append(_correlations(*(np.concatenate([m[s] for m in moved]) for s in (0, 1))))
-        p = np.array([p_value(held[i], np.array(null)[:, i]) for i in range(k)])
-    return held, low, high, p
+            drawn.append(_correlations(*(np.concatenate([m[s] for m in moved]) for s in (0, 1))))
+        null = np.array(drawn)
+        out["p_held_out"] = np.array([p_value(held[i], null[:, i]) for i in range(k)])
+        out["null_low"], out["null_high"] = _ends(null)
+    return out
+
+
+def _ends(draws: np.ndarray) -> np.ndarray:
+    """The middle 95% of draws [b, k]: [2, k]."""
+    return np.array([interval(column) for column in draws.T]).T
 
 
 class _Fold:

@@ -71,6 +71,7 @@ def write_example(workspace: Path, *, effect: float = 1.4, seed: int = 0) -> dic
         "figures": {"similarity": "align/brainjepa-evo2/similarity.npz"},
         "retrieval": retrieval(ranks, effect),
         "probes": probes(effect),
+        "cca": cca(effect),
         "attribution": attribution(effect),
         "stages": [
             {"name": "simulate", "seconds": 8.2, "peak_mib": 612.0, "cached": False},
@@ -244,6 +245,30 @@ def probes(effect: float) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def cca(effect: float) -> dict[str, Any]:
+    """Two components, of which the first is there."""
+    components = []
+    for i, (held, p) in enumerate([(0.62 if effect else 0.01, 0.001 if effect else 0.4), (0, 0.7)]):
+        components.append(
+            {
+                "component": i + 1,
+                "n": 994,
+                "correlation": 0.8 - 0.1 * i,
+                "p_value": p,
+                "p_family_wise": p,
+                "held_out": held,
+                "ci_low": held - 0.05,
+                "ci_high": held + 0.05,
+                "p_held_out": max(p, 0.005),
+                "null_low": -0.07,
+                "null_high": 0.08,
+            }
+        )
+    about = {"brain": "brainjepa", "dna": "evo2", "n": 994, "n_people": 1000, "n_pcs": [125, 125]}
+    about |= {"held_out_only": False, "n_folds": 5, "n_permutations": 999, "confounds": ["age"]}
+    return {**about, "exchanged_within": ["site", "family"], "components": components}
 
 
 def attribution(effect: float) -> dict[str, Any]:

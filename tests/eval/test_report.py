@@ -109,6 +109,12 @@ def test_every_figure_has_an_alternative_text(run):
         assert len(svg["aria-label"]) > 20
 
 
+def test_the_cca_is_a_figure_with_its_numbers_in_words(run):
+    labels = [svg.get("aria-label", "") for svg in check(run[2]).svgs]
+    assert "component 1, on the scale: 0.62 [0.57, 0.67] and -0.07 to 0.08" in labels
+    assert "1 component that brain and DNA share, of 2 tested" in run[2]
+
+
 def test_a_row_of_a_forest_says_its_numbers_in_words(run):
     labels = [svg.get("aria-label", "") for svg in check(run[2]).svgs]
     row = run[1]["retrieval"]["baselines"][-1]
@@ -234,6 +240,15 @@ def test_people_unknown_to_the_cohort_are_no_step_of_its_flow():
     assert "<td>in a table" not in text
     assert 'style="width:50.0%"' in text
     assert "Nobody in the tables" in cohort_section({"flow": [*flow, {**stranger, "n": 0}]})
+
+
+def test_what_an_import_left_out_is_counted_with_its_reason():
+    counts = {"n_files": 40, "n_skipped_coverage": 6, "n_dropped_recordings": 0, "n_recordings": 34}
+    text = cohort_section({"import": {**counts, "n_other_files": 3}})
+    assert re.findall(r"width:([\d.]+%)", text) == ["100.0%", "15.0%", "85.0%"]
+    assert "left out: too few parcels with data</td>" in text
+    assert "in no table" not in text
+    assert "3 other files of this kind were left out" in text
 
 
 def test_relatives_are_a_note_to_the_families():

@@ -7,17 +7,14 @@ import numpy as np
 import pytest
 
 from brainfusion.data.features import write_features
-from brainfusion.eval.report.compare import (
-    compare_runs,
-    comparison_page,
-    findings,
-    read_alignment_runs,
-    short_names,
-)
+from brainfusion.eval.report.compare import compare_runs, read_alignment_runs, short_names
+from brainfusion.eval.report.comparison import comparison_page
+from brainfusion.eval.report.findings import comparison, comparison_table, findings
 from brainfusion.eval.retrieval.metrics import retrieval_metrics
 from brainfusion.runtime.errors import UserError
 
 N = 120
+RUNS = {"strong": 1.5, "weak": 0.5, "alike": 1.5, "null": 0.0}
 IDS = [f"person-{i:05d}" for i in range(N)]
 
 
@@ -39,6 +36,7 @@ def write_run(folder: Path, seed: int, *, signal: float, test: slice = slice(0, 
     (folder / "retrieval.json").write_text(json.dumps(retrieval))
     summary = {"n_train": N, "n_test": N, "best_step": 3, "loss_name": "info_nce"}
     (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(f"seed: {seed}\ninit: rcca\n")
     return folder
 
 
@@ -58,6 +56,46 @@ def test_the_better_run_is_named_and_equal_ones_are_not_told_apart(tmp_path):
     assert "person-" not in page
     assert "<script" not in page
     assert page.count("strong") > 5
+    assert text.splitlines()[0].startswith("The highest is ")
+    assert "not clearly ahead of " in text.splitlines()[0]
+    # The settings in which they differ, and no others.
+    assert "One setting differs" in page
+    assert "<td>seed</td><td>1</td><td>2</td><td>3</td>" in page
+    assert "<td>init</td>" not in page
+
+
+def test_the_headline_says_whether_the_best_is_clearly_ahead(tmp_path):
+    folders = [write_run(tmp_path / n, i, signal=s) for i, (n, s) in enumerate(RUNS.items())]
+    runs = read_alignment_runs(folders[:2])
+    compared = compare_runs(runs, n_permutations=499, n_bootstrap=99)
+    assert next(findings(runs, compared)).startswith("strong is best, clearly ahead of weak: AUC ")
+    runs = read_alignment_runs([folders[0], folders[2]])
+    compared = compare_runs(runs, n_permutations=499, n_bootstrap=99)
+    assert next(findings(runs, compared)).startswith("No run is clearly best. The highest is ")
+    # Four runs: the best with each other one, and no sentence of the other pairs.
+    runs = read_alignment_runs(folders)
+    lines = list(findings(runs, compare_runs(runs, n_permutations=499, n_bootstrap=99)))
+    assert any(line.startswith("No evidence of alignment in null: p = ") for line in lines)
+    assert len([line for line in lines if "beats" in line or "not told apart" in line]) == 3
+    assert lines[-1] == "Every other pair of runs is in the table of differences."
+
+
+def test_the_numbers_of_the_page_are_those_of_the_runs_and_of_the_comparison(tmp_path):
+    folders = [write_run(tmp_path / n, i, signal=s) for i, (n, s) in enumerate(RUNS.items())]
+    runs = read_alignment_runs(folders[:2])
+    compared = compare_runs(runs, n_permutations=99, n_bootstrap=99)
+    found = json.loads(json.dumps(comparison(runs, compared), allow_nan=False))
+    assert found["n_common"] == N
+    strong, weak = found["runs"]
+    assert strong["settings"] == {"seed": 0, "init": "rcca"}
+    for row in found["differences"]:
+        values = [run["retrieval"][row["direction"]][row["metric"]] for run in (strong, weak)]
+        assert row["difference"] == pytest.approx(values[0] - values[1])
+    table = comparison_table(found)
+    rows = table.filter(section="difference")
+    assert rows["value"].to_list() == [row["difference"] for row in found["differences"]]
+    assert rows["n"].unique().to_list() == [N]
+    assert not [one for one in IDS if one in table.write_csv() or one in json.dumps(found)]
 
 
 def test_only_common_test_people_are_compared(tmp_path):

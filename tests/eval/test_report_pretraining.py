@@ -255,7 +255,10 @@ def _with_metrics(content: bytes):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: None, "does not exist: expected the folder of a pretraining run"),
+        (
+            lambda path: None,
+            "does not exist: expected the folder of an alignment or pretraining run",
+        ),
         (lambda path: path.write_text("x"), "is a file: expected the folder"),
         (lambda path: path.mkdir(), "has no metrics.jsonl: expected the folder"),
         (_workspace, "is a workspace: expected the folder of a pretraining run"),

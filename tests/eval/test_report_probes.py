@@ -36,11 +36,22 @@ def test_calibration_and_learning_curves_are_drawn_and_said_in_words() -> None:
     assert sum(label.startswith("Calibration of") for label in labels) == 2
     assert sum(label.startswith("Learning curves of") for label in labels) == 3
     assert all(re.search(r"\d\.\d\d", label) for label in labels)
-    assert "1 lower ones are not drawn" in text
+    assert "1 more, lower over all targets, not drawn" in text
     assert "<b>a&lt;b</b>" in text
     assert "a<b" not in text
     names = re.findall(r'\bid="([^"]+)"', text)
     assert len(names) == len(set(names))
+
+
+def test_features_look_the_same_in_the_curves_of_all_targets() -> None:
+    looks = []
+    for svg in re.findall(r'<svg class="figure"[^>]*aria-label="Learning.*?</svg>', made(), re.S):
+        lines = re.findall(r"stroke: (#\w{6})[^\"]*stroke-linejoin|>(features \d)</text>", svg)
+        names = [name for _, name in lines if name]
+        looks.append(names)
+    assert len(looks) == 3
+    assert looks[0] == looks[1] == looks[2]
+    assert len(looks[0]) == 6
 
 
 def test_all_metrics_and_adjusted_p_values_are_in_the_tables() -> None:

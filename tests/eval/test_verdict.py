@@ -67,7 +67,7 @@ def test_the_smallest_possible_p_is_said_to_be_where_the_permutations_are_known(
 
 def test_sentences_come_in_order_of_weight(found):
     words = ["A person's brain finds", "control is at chance", "Attainable is", "best baseline"]
-    words += ["holds within strata", "probes predict", "is simulated"]
+    words += ["holds within strata", "1 component that brain", "probes predict", "is simulated"]
     sentences = verdict(found)
     assert len(sentences) == len(words)
     for word, text in zip(words, sentences, strict=True):
@@ -331,6 +331,18 @@ def test_a_null_run_finds_nothing_anywhere(tmp_path: Path):
     assert sentences[0].startswith("No evidence of alignment")
     assert any("baselines find nothing either" in text for text in sentences)
     assert any("none of 5 targets" in text for text in sentences)
+
+
+def test_a_baseline_with_a_small_p_and_an_interval_over_chance_is_not_called_nothing():
+    nothing = direction(0.49, 0.45, 0.53, 0.6)
+    rows = [
+        {"name": name, "direction": way, **direction(0.54, 0.499, 0.58, p)}
+        for name, p in (("one", 0.018), ("two", 0.4))
+        for way in ("brain_to_dna", "dna_to_brain")
+    ]
+    text = only(retrieval(nothing, nothing, baselines=rows), "baseline")
+    assert "No baseline finds anything clearly: the best of 2 is one, with AUC 0.54" in text
+    assert "p = 0.018, not corrected for their number" in text
 
 
 def test_nothing_run_is_said_and_nothing_crashes():

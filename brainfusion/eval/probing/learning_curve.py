@@ -42,6 +42,8 @@ def learning_curves(
     people: People,
     plan: Plan,
     shares: Sequence[float],
+    *,
+    loud: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """R2 or AUROC of each target by the number of people to learn from.
 
@@ -51,6 +53,7 @@ def learning_curves(
         people: With folds and bootstrap weights.
         plan: With the penalties.
         shares: Of the training people, above 0 and below 1.
+        loud: Whether points that cannot be made are said; they are the same for all features.
 
     Returns:
         For each target, points with `n_train` (mean over folds), `value`, `ci_low`, `ci_high`. A
@@ -74,7 +77,7 @@ def learning_curves(
             for one in job.found():
                 found.setdefault(one.target.name, []).append(main_draws(one, people))
         short = [name for name in out if len(found.get(name, [])) < N_DRAWS]
-        if short:
+        if short and loud:
             say(
                 f"learning curve: no point at {share:.0%} for {', '.join(short)}: a training set "
                 "of so few people lacks a class."

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from brainfusion.eval.report import figures_attribution as figures
-from brainfusion.eval.report.parts import figure, folded, missing, table
+from brainfusion.eval.report.parts import figure, folded, missing, side_by_side, table
 from brainfusion.eval.report.rows import p_exact
 
 Row = Mapping[str, Any]
@@ -33,12 +33,12 @@ def attribution_section(attribution: Row) -> str:
         "signed-rank test over families, corrected within the table (FDR). Units that carry the "
         "same thing cover for each other.</p>\n"
     )
-    return text + "".join(_kind(kind, attribution[kind]) for kind in kinds)
+    return text + side_by_side([f"<div>{_kind(k, attribution[k])}</div>\n" for k in kinds])
 
 
 def summary(kind: str, rows: Sequence[Row]) -> str:
     """One sentence: which units matter."""
-    kept = [str(row["unit"]) for row in rows if row["q_value"] < 0.05 and row["drop"] > 0]
+    kept = [str(row["unit"]) for row in rows if _matters(row)]
     if not kept:
         return f"No {KINDS[kind]} matters by itself ({len(rows)} tested, FDR 5%)."
     names = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
@@ -52,16 +52,16 @@ def _kind(kind: str, facts: Row) -> str:
     more = f" The {_SHOWN} largest of {len(rows)}." if len(rows) > _SHOWN else ""
     text = f"<h3>{kind.capitalize()}</h3>\n" + figure(drawn, sentence + more)
     if facts.get("xyz_mm"):
-        values = _of_parcels(kind, facts)
         where = figures.glass_brain(
             np.asarray(facts["xyz_mm"], dtype=float),
-            values,
+            _of_parcels(kind, facts, {row["unit"]: row["drop"] for row in rows}),
+            _of_parcels(kind, facts, {row["unit"]: float(_matters(row)) for row in rows}) > 0,
             name=f"glass-{kind}",
             label=f"Glass brain: AUC lost when a {KINDS[kind]} is hidden. {sentence}",
         )
         caption = (
-            "Parcels at their centroids; size and strength of colour: AUC lost when the "
-            f"{KINDS[kind]} is hidden (blue: lost, vermillion: gained)."
+            f"Parcels at their centroids; size: AUC lost when the {KINDS[kind]} is hidden. Blue: "
+            "FDR below 5%; grey: not told apart from nothing."
         )
         text += figure(where, caption)
     heading = [KINDS[kind].capitalize(), "AUC lost", "95% interval", "p", "q (FDR)"]
@@ -78,8 +78,11 @@ def _kind(kind: str, facts: Row) -> str:
     return text + folded(f"All {len(rows)} {kind}", table(heading, body))
 
 
-def _of_parcels(kind: str, facts: Row) -> np.ndarray:
-    """The drop of each parcel, or of the network it belongs to: float64 [p]."""
-    drop = {row["unit"]: row["drop"] for row in facts["rows"]}
+def _matters(row: Row) -> bool:
+    return row["q_value"] < 0.05 and row["drop"] > 0
+
+
+def _of_parcels(kind: str, facts: Row, values: Mapping[str, float]) -> np.ndarray:
+    """The value of each parcel, or of the network it belongs to: float64 [p]."""
     units = facts["parcels"] if kind == "parcels" else facts["networks"] or []
-    return np.array([drop.get(unit, 0.0) for unit in units])
+    return np.array([values.get(unit, 0.0) for unit in units])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainfusion.eval.report.drawing import BLUE, GREY, INK, VERMILLION, new_axes, style, to_svg
+from brainfusion.eval.report.drawing import BLUE, GREY, INK, new_axes, style, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,37 +49,42 @@ def drops(rows: Sequence[Row], *, name: str, label: str) -> str:
         axes.axvline(0, color=GREY, lw=1.0, ls="--")
         axes.set_yticks(range(len(rows)), [str(row["unit"]) for row in rows], parse_math=False)
         axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel("AUC lost when hidden (filled: FDR below 5%)")
         return to_svg(figure, name=name, label=label)
 
 
-def glass_brain(xyz_mm: np.ndarray, values: np.ndarray, *, name: str, label: str) -> str:
-    """Parcels at their centroids in three projections, coloured and sized by a value.
+def glass_brain(
+    xyz_mm: np.ndarray, values: np.ndarray, sure: np.ndarray, *, name: str, label: str
+) -> str:
+    """Parcels at their centroids in three projections, sized by a value, coloured where it is sure.
 
     The outline is that of all centroids, a parcel's breadth further out: no template is needed, and
     any atlas gets its own.
 
     Args:
         xyz_mm: [p, 3] MNI millimetres.
-        values: [p]; blue is above 0, vermillion below.
+        values: [p]; what is below 0 is drawn as small as 0.
+        sure: bool [p]; the others are grey.
         name: Unique in the page.
         label: What the figure shows, for people who cannot see it.
     """
     from matplotlib.figure import Figure
 
-    strongest = float(np.abs(values).max()) or 1.0
-    order = np.argsort(np.abs(values))
+    lost = np.maximum(values, 0.0)
+    strongest = float(lost.max()) or 1.0
+    order = np.lexsort((lost, sure))
     with style():
         figure = Figure(figsize=(6.4, 2.4), layout="constrained")
         for axes, (title, i, j, ends) in zip(figure.subplots(1, 3), _VIEWS, strict=True):
             _outline(axes, xyz_mm[:, [i, j]])
-            share = np.abs(values[order]) / strongest
+            share = lost[order] / strongest
             axes.scatter(
                 xyz_mm[order, i],
                 xyz_mm[order, j],
                 s=4 + 60 * share,
-                c=np.where(values[order] > 0, BLUE, VERMILLION),
-                alpha=0.15 + 0.75 * share,
+                c=np.where(sure[order], BLUE, GREY),
+                alpha=np.where(sure[order], 0.25 + 0.65 * share, 0.35),
                 linewidths=0,
             )
             axes.set_title(title)

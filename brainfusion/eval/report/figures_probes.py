@@ -73,13 +73,20 @@ def calibration(bins: Sequence[Row], *, name: str, target: str) -> str:
 
 
 def learning(
-    curves: Mapping[str, Sequence[Row]], *, name: str, target: str, metric: str, chance: float
+    curves: Mapping[str, Sequence[Row]],
+    *,
+    order: Sequence[str],
+    name: str,
+    target: str,
+    metric: str,
+    chance: float,
 ) -> str:
     """The metric of each representation against the number of people learnt from.
 
     Args:
-        curves: Name of the features -> points with `n_train`, `value`, `ci_low`, `ci_high`; the
-            first `MAX_LINES` are drawn.
+        curves: Name of the features -> points with `n_train`, `value`, `ci_low`, `ci_high`.
+        order: The features to draw, at most `MAX_LINES`; each looks as its place says, in every
+            figure that has the same order.
         name: Unique in the page.
         target: What is predicted.
         metric: Its name in words.
@@ -88,11 +95,16 @@ def learning(
     said = []
     with style():
         figure, axes = new_axes(3.0)
-        for (text, points), (colour, marker, dash) in zip(curves.items(), _LOOKS, strict=False):
-            sizes = [number(one, "n_train") for one in points]
+        widest = max(number(one, "n_train") for points in curves.values() for one in points)
+        for place, (text, (colour, marker, dash)) in enumerate(zip(order, _LOOKS, strict=False)):
+            if not (points := curves.get(text)):
+                continue
+            # A little apart, so that intervals do not cover one another.
+            aside = (place - (len(order) - 1) / 2) * 0.011 * widest
+            sizes = [number(one, "n_train") + aside for one in points]
             values = [number(one, "value") for one in points]
             low, high = ([number(one, end) for one in points] for end in ("ci_low", "ci_high"))
-            axes.fill_between(sizes, low, high, color=colour, alpha=0.12, lw=0)
+            axes.vlines(sizes, low, high, color=colour, lw=1.0, alpha=0.55)
             axes.plot(sizes, values, color=colour, marker=marker, ms=4, lw=1.3, ls=dash, label=text)
             said.append(f"{text} from {rounded(values[0])} to {rounded(values[-1])}")
         if math.isfinite(chance):

@@ -13,6 +13,7 @@ from typing import Any
 
 from brainfusion.eval.report import figures, sections
 from brainfusion.eval.report.attribution import attribution_section
+from brainfusion.eval.report.cca import cca_section
 from brainfusion.eval.report.drawing import DIRECTION_COLOURS, GREY, INK
 from brainfusion.eval.report.forest import symbols
 from brainfusion.eval.report.parts import date_text, document
@@ -26,6 +27,7 @@ from brainfusion.eval.report.rows import (
     control_failed,
     direction_of,
     gallery_text,
+    method_name,
     number,
     p_text,
     rounded,
@@ -85,6 +87,7 @@ def page(results: Row, workspace: Path) -> str:
         ("control", "The control", lambda: sections.control_section(results)),
         ("space", "The shared space", lambda: sections.space_section(results, workspace)),
         ("probes", "What the features predict", lambda: probes_section(results)),
+        ("cca", "What the features share, untrained", lambda: cca_section(results)),
         (
             "attribution",
             "What retrieval rests on",
@@ -92,7 +95,11 @@ def page(results: Row, workspace: Path) -> str:
         ),
         ("training", "Training", lambda: training_section(results, workspace)),
         ("cohort", "The cohort", lambda: cohort_section(results.get("cohort") or {})),
-        ("stages", "Stages", lambda: stages_section(results.get("stages") or [])),
+        *(
+            [("stages", "Stages", lambda: stages_section(results["stages"]))]
+            if results.get("stages")
+            else []
+        ),
         ("provenance", "Configuration and provenance", lambda: provenance_section(results)),
     ]
     footer = (
@@ -118,6 +125,7 @@ def _header(results: Row) -> str:
         f"{alignment['brain']} with {alignment['dna']}"
         if alignment.get("brain") and alignment.get("dna")
         else None,
+        method_name(alignment) if alignment else None,
         f"{cohort['n_people']:,} people" if cohort.get("n_people") else None,
         f"made {date_text(str(results['created']))}" if results.get("created") else None,
         f"version {results['package_version']}" if results.get("package_version") else None,

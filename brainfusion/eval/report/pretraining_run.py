@@ -171,9 +171,10 @@ def _rows(folder: Path) -> list[dict[str, float]]:
         raise UserError(f"{folder} {state}: {expected}.")
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        if runs := sorted(path.parent.name for path in folder.glob("pretrain/*/metrics.jsonl")):
+        logs = [*folder.glob("pretrain/*/metrics.jsonl"), *folder.glob("align/*/metrics.jsonl")]
+        if runs := sorted(str(path.parent.relative_to(folder)) for path in logs):
             raise UserError(
-                f"{folder} is a workspace: {expected}, here pretrain/{' or pretrain/'.join(runs)}; "
+                f"{folder} is a workspace: {expected}, here {' or '.join(runs)}; "
                 f"'brainfusion report --workspace {folder}' reports the workspace."
             )
         raise UserError(f"{folder} has no metrics.jsonl: {expected}.")

@@ -53,6 +53,7 @@ def probes_section(results: Row) -> str:
     text = f'<p class="note">{escape(_explained(targets))}</p>\n{_key(rows)}{side_by_side(first)}'
     text += folded(f"{len(rest)} more targets", side_by_side(rest), css="printed") * bool(rest)
     text += _calibration(targets) + _learning(targets)
+    text += _comparisons(targets)
     text += folded(f"All {len(rows)} rows", _probe_table(rows), css="printed")
     several = [row for row in rows if len(row.get("metrics") or []) > 1]
     return text + folded("All metrics", _metric_table(several)) * bool(several)
@@ -182,6 +183,32 @@ def _probe_table(rows: Sequence[Row]) -> str:
     return table(heading, body, text_columns=(1, 2))
 
 
+def _comparisons(targets: Mapping[str, Sequence[Row]]) -> str:
+    """Differences of two representations, tested on the same people; those that are clear first."""
+    body, n_clear = [], 0
+    for target, rows in targets.items():
+        for row in rows:
+            for other in row.get("comparisons") or []:
+                clear = number(other, "q_value") < 0.05
+                n_clear += clear
+                difference = {**other, "value": other.get("difference")}
+                line = [
+                    f"{row['features']}\nless {other['against']}",
+                    target,
+                    _metric_name(str(row.get("metric", ""))),
+                    with_interval(difference, "value"),
+                    p_cell(number(other, "p_value")),
+                    p_cell(number(other, "q_value")),
+                ]
+                body.append((not clear, number(other, "p_value", 1.0), line))
+    if not body:
+        return ""
+    heading = ["first less second", "target", "metric", "difference", "p", "p, adjusted"]
+    lines = [line for *_, line in sorted(body, key=lambda one: one[:2])]
+    what = f"{n_clear} of {len(body)} differences between representations are clear (FDR 5%)"
+    return folded(what, table(heading, lines, text_columns=(1, 2)), css="printed")
+
+
 def _metric_table(rows: Sequence[Row]) -> str:
     body, last = [], None
     for row in rows:
@@ -232,30 +259,45 @@ def _calibration(targets: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _learning(targets: Mapping[str, Sequence[Row]]) -> str:
-    drawn = []
+    drawn, order = [], _order(targets)
+    shown = order[: figures_probes.MAX_LINES]
     for i, (target, rows) in enumerate(targets.items()):
-        able = [row for row in rows if len(row.get("learning_curve") or []) > 1]
-        if not able:
-            continue
-        able.sort(key=lambda row: -number(row, "value"))
+        able = _with_curves(rows)
         curves = {str(row["features"]): row["learning_curve"] for row in able}
+        if not any(name in curves for name in shown):
+            continue
         svg = figures_probes.learning(
             curves,
+            order=shown,
             name=f"learning-{i}",
             target=target,
             metric=_metric_name(_metric(rows)),
             chance=number(able[0], "chance"),
         )
-        n_hidden = max(len(curves) - figures_probes.MAX_LINES, 0)
-        more = f" {n_hidden} lower ones are not drawn." if n_hidden else ""
+        n_hidden = len(curves.keys() - set(shown))
+        more = f" {n_hidden} more, lower over all targets, not drawn." if n_hidden else ""
         drawn.append(
             figure(
                 svg,
                 f"<b>{escape(target)}</b> by the number of people to learn from; everyone is "
-                f"predicted at each size. Bands are 95% intervals.{more}",
+                f"predicted at each size. Lines are 95% intervals.{more}",
             )
         )
     return _figures("Would more people help?", drawn)
+
+
+def _with_curves(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if len(row.get("learning_curve") or []) > 1]
+
+
+def _order(targets: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The features that have curves, those first that do best over the targets (mean place)."""
+    places: dict[str, list[float]] = {}
+    for rows in targets.values():
+        able = sorted(_with_curves(rows), key=lambda row: -number(row, "value"))
+        for place, row in enumerate(able):
+            places.setdefault(str(row["features"]), []).append(place / len(able))
+    return sorted(places, key=lambda name: sum(places[name]) / len(places[name]))
 
 
 def _figures(heading: str, drawn: Sequence[str]) -> str:

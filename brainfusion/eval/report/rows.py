@@ -180,6 +180,28 @@ def control_failed(retrieval: Row) -> bool:
     return bool(control) and control_distance(control) > CONTROL_LIMIT
 
 
+# -- alignments --------------------------------------------------------------------------------
+
+_CLOSED_FORMS = {"rcca": "ridge CCA", "pls": "partial least squares", "ridge": "ridge regression"}
+_LOSSES = {"info_nce": "InfoNCE", "clip": "CLIP's loss", "siglip": "SigLIP"}
+
+
+def method_name(alignment: Row) -> str:
+    """How an alignment was made, in words, from its summary.
+
+    >>> method_name({"loss_name": "info_nce"}), method_name({"method": "rcca"})
+    ('InfoNCE', 'ridge CCA, closed form')
+    >>> method_name({"loss_name": "info_nce", "finetune": {"how": "lora"}})
+    'InfoNCE, fine-tuned (lora)'
+    """
+    method = str(alignment.get("method", "infonce"))
+    if method != "infonce":
+        return f"{_CLOSED_FORMS.get(method, method)}, closed form"
+    loss = str(alignment.get("loss_name", "info_nce"))
+    tuned = alignment.get("finetune") or {}
+    return _LOSSES.get(loss, loss) + (f", fine-tuned ({tuned['how']})" if tuned.get("how") else "")
+
+
 # -- probes ------------------------------------------------------------------------------------
 
 _TAKEN_OUT = re.compile(r"\s*\|\s*confounds$|[\s,(]*\bresiduali[sz]ed( for [^)]*)?\)?")

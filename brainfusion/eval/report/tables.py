@@ -31,7 +31,8 @@ def cohort_section(cohort: Row) -> str:
         return missing("No facts about the cohort in the results.")
     splits = {k: v for k, v in (cohort.get("splits") or {}).items() if isinstance(v, int)}
     counts = (
-        _flow(cohort)
+        _imported(cohort.get("import") or {})
+        + _flow(cohort)
         + _counts(splits, "split")
         + _counts(cohort.get("sites"), "site")
         + _counts(cohort.get("sex"), "sex")
@@ -43,6 +44,31 @@ def cohort_section(cohort: Row) -> str:
         text += f'<p class="note">Splits {code}: families stay together.</p>'
     if cohort.get("notes"):
         text += f'<p class="note">{escape(str(cohort["notes"]))}</p>'
+    return text
+
+
+_IMPORTED = {
+    "n_files": "read",
+    "n_skipped_coverage": "left out: too few parcels with data",
+    "n_dropped_recordings": "left out: their person is in no table",
+    "n_recordings": "kept",
+}
+"""Counts of an import, in the order of its steps."""
+
+
+def _imported(counts: Row) -> str:
+    """Recordings read, left out and why, kept, as bars; steps that left nothing out are not."""
+    steps = [(key, text, number(counts, key)) for key, text in _IMPORTED.items()]
+    steps = [step for step in steps if step[2] > 0]
+    if not steps:
+        return ""
+    whole = max(n for *_, n in steps)
+    text = bars([(name, n, whole) for _, name, n in steps], ("imported recordings", "recordings"))
+    if others := int(number(counts, "n_other_files", 0.0)):
+        text += (
+            f'<p class="note">{others:,} other files of this kind were left out: no time series, '
+            "or other entities.</p>"
+        )
     return text
 
 

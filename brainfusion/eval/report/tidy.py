@@ -43,8 +43,8 @@ def tidy(results: Row) -> pl.DataFrame:
     Retrieval rows with intervals of single metrics as `<metric>_ci_low` and so on keep them; the
     interval and p-value without a name are the AUC's.
     """
-    rows = [*_retrieval(results.get("retrieval") or {}), *_probes(results.get("probes") or [])]
-    rows += _attribution(results.get("attribution") or {})
+    rows = [*retrieval_rows(results.get("retrieval") or {}), *_probes(results.get("probes") or [])]
+    rows += [*_cca(results.get("cca") or {}), *_attribution(results.get("attribution") or {})]
     return pl.DataFrame(rows, schema=SCHEMA)
 
 
@@ -55,7 +55,8 @@ def write_tidy(path: Path, results: Row) -> Path:
     return path
 
 
-def _retrieval(retrieval: Row) -> Iterator[dict[str, Any]]:
+def retrieval_rows(retrieval: Row) -> Iterator[dict[str, Any]]:
+    """The table's rows of `results["retrieval"]`, or of as much of it as there is."""
     for direction in DIRECTIONS:
         if row := retrieval.get(direction):
             yield from _metrics("retrieval", "alignment", direction, row)
@@ -100,6 +101,51 @@ def _probes(probes: Any) -> Iterator[dict[str, Any]]:
             },
             "n": row.get("n"),
         }
+        for other in row.get("comparisons") or []:
+            yield {
+                "section": "probe differences",
+                "name": f"{row['target']} from {row['features']} less {other['against']}",
+                "direction": None,
+                "metric": str(row["metric"]),
+                "value": _number(other.get("difference")),
+                **{part: _number(other.get(part)) for part in ("ci_low", "ci_high", "p_value")},
+                "chance": 0.0,
+                "n": row.get("n"),
+            }
+
+
+def _cca(cca: Row) -> Iterator[dict[str, Any]]:
+    """Of each component: the held-out correlation, and that of the people fitted on.
+
+    The p-value of the second is the family-wise one.
+    """
+    for row in cca.get("components") or []:
+        about = {"section": "cca", "name": f"component {row['component']}", "direction": None}
+        held = {part: _number(row.get(part)) for part in ("ci_low", "ci_high")}
+        yield {
+            **about,
+            "metric": "held_out_correlation",
+            "value": _number(row.get("held_out")),
+            **held,
+            "p_value": _number(row.get("p_held_out")),
+            "chance": 0.0,
+            "n": row.get("n"),
+        }
+        yield {
+            **about,
+            "metric": "fitted_correlation",
+            "value": _number(row.get("correlation")),
+            "p_value": _number(row.get("p_family_wise")),
+            "n": row.get("n"),
+        }
+        for end in ("null_low", "null_high"):
+            if row.get(end) is not None:
+                yield {
+                    **about,
+                    "metric": f"held_out_{end}",
+                    "value": _number(row[end]),
+                    "n": row["n"],
+                }
 
 
 def _attribution(attribution: Row) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from brainfusion.eval.attainable import share_of_attainable
+from brainfusion.eval.report import cca
 from brainfusion.eval.report.confounds import confounds, covariates_alone, in_groups_only
 from brainfusion.eval.report.evidence import (
     aligner,
@@ -57,7 +58,7 @@ def verdict(results: Row) -> list[str]:
     """Plain sentences about a run: the finding, then what speaks for and against it.
 
     The finding comes first, then the control, how far it is from the ceiling, the baselines, the
-    strata and the probes. A control that failed comes before everything else.
+    strata, CCA and the probes. A control that failed comes before everything else.
 
     Args:
         results: The content of `results.json` (docs/formats.md). Parts that are missing are said
@@ -79,6 +80,7 @@ def verdict(results: Row) -> list[str]:
         *_baselines(retrieval),
         *_pretraining(retrieval),
         *confounds(retrieval),
+        *cca.sentences(results.get("cca") or {}),
         *_probes(results.get("probes") or []),
     ]
     if (results.get("cohort") or {}).get("origin") == "simulated":
@@ -249,6 +251,12 @@ def _baselines(retrieval: Row) -> list[str]:
     theirs = mean_row(groups[best])
     name, own = f"{best}, with {in_words(groups[best])}", f"AUC {with_interval(ours)}"
     if not is_found(retrieval) and number(theirs, "ci_low") <= 0.5:
+        p = min(number(row, "p_value") for row in comparable(groups[best]))
+        if p < 0.05:
+            return [
+                f"No baseline finds anything clearly: the best of {len(groups)} is {name}, "
+                f"{p_text(p)}, not corrected for their number."
+            ]
         return [f"The baselines find nothing either; the best is {name}."]
     tops = [attainable(retrieval[name]) for name in DIRECTIONS if retrieval.get(name)]
     if tops and number(theirs, "ci_low") > max(tops):
