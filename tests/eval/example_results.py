@@ -297,6 +297,21 @@ def attribution(effect: float) -> dict[str, Any]:
         "n_people": N_TEST,
         "retrained": False,
         "genes": {"rows": rows([f"GENE{i}" for i in range(24)], genes)},
+        "targets": {
+            "cognition": {
+                "r2": 0.12 * scale,
+                "kind": "continuous",
+                "n_people": 400,
+                "n_missing": 3,
+                "n_folds": 5,
+                "confounds": ["age", "sex"],
+                "penalty": 10.0,
+                "rows": [
+                    {"r2": 0.1, **{k: v for k, v in row.items() if k != "auc"}}
+                    for row in rows([f"GENE{i}" for i in range(24)], genes)
+                ],
+            }
+        },
         "networks": {
             "rows": rows([f"Net{i}" for i in range(7)], large),
             "parcels": [f"p{i}" for i in range(60)],

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from brainfusion.eval.report import figures
+from brainfusion.eval.report.attribution import attribution_section
 from brainfusion.eval.report.page import page, write_report
 from brainfusion.eval.report.parts import bars, seconds_text, significant, table
 from brainfusion.eval.report.tables import cohort_section, flat
@@ -113,6 +114,19 @@ def test_the_cca_is_a_figure_with_its_numbers_in_words(run):
     labels = [svg.get("aria-label", "") for svg in check(run[2]).svgs]
     assert "component 1, on the scale: 0.62 [0.57, 0.67] and -0.07 to 0.08" in labels
     assert "1 component that brain and DNA share, of 2 tested" in run[2]
+
+
+def test_genes_of_a_prediction_are_a_figure_of_their_own_beside_those_of_retrieval(run):
+    text = run[2]
+    assert "<h3>Genes, prediction of cognition</h3>" in text
+    assert "With all genes the R2 is 0.120, of 400 people." in text
+    assert "R2 lost without it" in text
+    assert "AUC lost without it" in text
+    only = {"n_people": 200, "targets": run[1]["attribution"]["targets"]}
+    section = attribution_section(only)
+    assert "prediction of cognition" in section
+    assert "Nobody has asked" not in section
+    assert "retrieval loses" not in section
 
 
 def test_a_row_of_a_forest_says_its_numbers_in_words(run):

@@ -24,13 +24,14 @@ _VIEWS = (
 _PAD_MM = 9.0
 
 
-def drops(rows: Sequence[Row], *, name: str, label: str) -> str:
+def drops(rows: Sequence[Row], *, name: str, label: str, measure: str = "AUC") -> str:
     """What hiding each unit costs, with intervals; units that survive the correction are filled.
 
     Args:
         rows: Of `attribution.json`, the largest drop first.
         name: Unique in the page.
         label: What the figure shows, for people who cannot see it.
+        measure: What is lost.
     """
     with style():
         figure, axes = new_axes(0.6 + 0.21 * len(rows))
@@ -50,7 +51,7 @@ def drops(rows: Sequence[Row], *, name: str, label: str) -> str:
         axes.set_yticks(range(len(rows)), [str(row["unit"]) for row in rows], parse_math=False)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel("AUC lost when hidden (filled: FDR below 5%)")
+        axes.set_xlabel(f"{measure} lost without it (filled: FDR below 5%)")
         return to_svg(figure, name=name, label=label)
 
 

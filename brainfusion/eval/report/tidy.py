@@ -149,17 +149,26 @@ def _cca(cca: Row) -> Iterator[dict[str, Any]]:
 
 
 def _attribution(attribution: Row) -> Iterator[dict[str, Any]]:
-    for kind in ("genes", "networks", "parcels"):
-        for row in (attribution.get(kind) or {}).get("rows", []):
+    tables = [
+        (kind, "auc_lost", attribution[kind]["rows"], attribution.get("n_people"))
+        for kind in ("genes", "networks", "parcels")
+        if attribution.get(kind)
+    ]
+    tables += [
+        (f"genes of {name}", "r2_lost", facts["rows"], facts["n_people"])
+        for name, facts in (attribution.get("targets") or {}).items()
+    ]
+    for kind, metric, rows, n in tables:
+        for row in rows:
             yield {
                 "section": f"attribution: {kind}",
                 "name": str(row["unit"]),
                 "direction": None,
-                "metric": "auc_lost",
+                "metric": metric,
                 "value": _number(row["drop"]),
                 **{part: _number(row.get(part)) for part in ("ci_low", "ci_high", "p_value")},
                 "chance": 0.0,
-                "n": attribution.get("n_people"),
+                "n": n,
             }
 
 
