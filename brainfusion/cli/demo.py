@@ -146,7 +146,13 @@ def _plan(options: DemoOptions, root: Path) -> list[list[Stage]]:
             Stage("retrieve", ["retrieve", *pair, *place], align / "retrieval.json"),
             Stage("probe", ["probe", *pair, "--cca", "3", *place], root / "probes.json"),
         ],
-        [Stage("attribute", ["attribute", *pair, *place], align / "attribution.json")],
+        [
+            Stage(
+                "attribute",
+                ["attribute", *pair, "--target", "cognition", "mdd", *place],
+                align / "attribution.json",
+            )
+        ],
         [Stage("report", ["report", *pair, *place], root / "report.html")],
     ]
 
