@@ -10,22 +10,31 @@ Shape legend: n people, d width, c targets, a penalties, k folds, g columns of l
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import numpy as np
+from scipy.linalg import eigh
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from brainfusion.eval.design import group_folds
 from brainfusion.eval.probing.linear import FeatureSpace, RidgePath, squared_errors
-from brainfusion.eval.probing.logistic import log_loss, logistic_fit, one_hot, probabilities
+from brainfusion.eval.probing.logistic import (
+    log_loss,
+    logistic_fit,
+    one_hot,
+    probabilities,
+)
 from brainfusion.eval.statistics import family_codes
 
 PENALTIES = tuple(np.logspace(-2, 5, 15))
 
 _SMALL = 1_000_000
 """Numbers up to which a search is done in float64; beyond, in float32, which is twice as fast."""
+_FLAT = 1e-5
+"""Share of the largest eigenvalue above which all of them are sure in float32."""
 
 
 class _Probe(BaseEstimator):
@@ -181,15 +190,16 @@ class LogisticProbe(ClassifierMixin, _Probe):
         labels = codes.astype(np.float64)[:, None]
         self.folds_ = self._folds(len(y), groups, codes)
         space, grid = self._space(x, self.folds_)
-        values, t, axes = space.axes()
+        basis = _Basis.of(space)
         n_classes = len(self.classes_)
-        self.losses_, starts = self._search(values, t, labels, grid)
+        self.losses_, starts = self._search(basis, labels, grid)
         best = 0 if np.isnan(self.losses_).all() else int(np.nanargmin(self.losses_))
         level, weights = logistic_fit(
-            values, t, labels, grid[[best]],
-            n_classes=n_classes, start=starts[best], tolerance=1e-13, max_steps=5000,
+            basis.values, basis.rows, labels, grid[[best]],
+            n_classes=n_classes, axes=basis.axes, start=starts[best],
+            tolerance=1e-13, max_steps=5000,
         )  # fmt: skip
-        self.coef_ = (axes @ weights).T
+        self.coef_ = (weights / space.scale if basis.back is None else basis.back @ weights).T
         self.intercept_ = level - self.coef_ @ x.mean(axis=0)
         self.penalty_ = float(np.asarray(self.penalties, np.float64).reshape(-1)[best])
         self.n_iter_ = 1
@@ -214,34 +224,64 @@ class LogisticProbe(ClassifierMixin, _Probe):
         return self.classes_[likeliest]
 
     def _search(
-        self, values: np.ndarray, t: np.ndarray, labels: np.ndarray, grid: np.ndarray
+        self, basis: "_Basis", labels: np.ndarray, grid: np.ndarray
     ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray] | None]]:
         """Losses [a], and where to start from with each penalty: the mean over folds.
 
         All folds and penalties share their products. Folds whose training people lack a class,
         where classes are tiny, do not count.
         """
-        n_classes, n_grid = len(self.classes_), len(grid)
+        n_classes, n_grid, short = len(self.classes_), len(grid), basis.short
         sets = [self.folds_ != fold for fold in range(int(self.folds_.max()) + 1)]
         sets = [s for s in sets if len(np.unique(labels[s])) == n_classes and not s.all()]
         if n_grid == 1 or not sets:
             return np.full(n_grid, np.nan), [None] * n_grid
-        short = t.astype(np.float32) if t.size > _SMALL else t
         level, weights = logistic_fit(
-            values,
+            basis.values,
             short,
-            np.repeat(labels, len(sets) * n_grid, axis=1),
-            np.tile(grid, len(sets)),
+            np.repeat(labels, len(sets), axis=1),
+            np.repeat(grid, len(sets)),
             n_classes=n_classes,
-            members=np.repeat(np.stack(sets, axis=1), n_grid, axis=1),
-            tolerance=1e-9 if short is t else 1e-7,
+            members=np.stack(sets, axis=1),
+            axes=basis.axes,
+            tolerance=1e-9 if short is basis.rows else 1e-7,
         )
-        level, weights = (v.reshape(*v.shape[:-1], len(sets), n_grid, -1) for v in (level, weights))
-        starts = [(level[:, a].mean(axis=0), weights[:, :, a].mean(axis=1)) for a in range(n_grid)]
+        level, weights = (v.reshape(*v.shape[:-1], n_grid, len(sets), -1) for v in (level, weights))
+        starts = [(level[a].mean(axis=0), weights[:, a].mean(axis=1)) for a in range(n_grid)]
         losses = np.empty((len(sets), n_grid))
         many = np.repeat(labels, n_grid, axis=1)
         for i, train in enumerate(sets):
-            logits = short[~train] @ weights[:, i].reshape(t.shape[1], -1) + level[i].ravel()
+            of_fold = weights[:, :, i].reshape(short.shape[1], -1)
+            logits = short[~train] @ of_fold + level[:, i].ravel()
             logits = logits.reshape(len(logits), n_grid, -1).astype(np.float64)
             losses[i] = log_loss(logits, many[~train]).mean(axis=0)
         return losses.mean(axis=0), [*starts]
+
+
+@dataclass(frozen=True, eq=False)
+class _Basis:
+    """What logistic models of everyone and of folds are fitted to."""
+
+    values: np.ndarray
+    """Eigenvalues [r]."""
+    axes: np.ndarray | None
+    """Their directions [d, r]; None if rows are in the eigenbasis."""
+    rows: np.ndarray
+    """[n, r], or the features [n, d]."""
+    short: np.ndarray
+    """The same for a search."""
+    back: np.ndarray | None
+    """Directions of the features as given [d, r]; None if rows are those but for their scale."""
+
+    @classmethod
+    def of(cls, space: FeatureSpace) -> Self:
+        """The features as they are in a large, well-conditioned space: they need not be turned."""
+        n, d = space.x.shape
+        large = space.x.size > _SMALL
+        if large and d <= n:
+            short = space.x.astype(np.float32)
+            values, axes = eigh(short.T @ short, driver="evd", check_finite=False)
+            if values[0] > _FLAT * values[-1]:
+                return cls(values, axes, space.x, short, None)
+        values, t, back = space.axes()
+        return cls(values, None, t, t.astype(np.float32) if large else t, back)

@@ -1,10 +1,7 @@
 """L2 logistic models of two or more classes in batched form: all penalties, targets, permutations.
 
-The loss is minimised by majorisation in the eigenbasis of the training set
-(`eval.probing.linear`): with T'T = diag(lam) its Hessian is at most diag(lam / 4 + a) for two
-classes (Bohning and Lindsay 1988) and diag(lam / 2 + a) for more (Bohning 1992), which
-preconditions all columns at once; accelerated, with restarts (O'Donoghue and Candes 2015). The
-number of steps does not grow on ill-conditioned features.
+The eigenbasis of the training set (`eval.probing.linear`) scales the gradients of all columns at
+once (`eval.probing.newton`); the number of steps does not grow on ill-conditioned features.
 
 Two classes are one column of logits, K > 2 are K columns whose weights sum to 0, as in
 scikit-learn.
@@ -14,14 +11,14 @@ g columns of logits a model (1 for two classes), k folds.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from brainfusion.eval.probing.linear import Basis
+from brainfusion.eval.probing.newton import Metric, minimise
 
-_MAX_COLUMNS = 4096
-"""Columns of logits fitted at once: what they take is this times the people."""
+_MAX_CELLS = 2**23
+"""Of [n, c, g] fitted at once; each takes some 20 bytes in float32 and 36 in float64."""
 
 
 def n_logits(n_classes: int) -> int:
@@ -42,22 +39,23 @@ def logistic_fit(
     *,
     n_classes: int = 2,
     members: np.ndarray | None = None,
+    axes: np.ndarray | None = None,
     start: tuple[np.ndarray, np.ndarray] | None = None,
     tolerance: float = 1e-9,
     max_steps: int = 1000,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Minimise sum log loss + penalty / 2 |weights|^2 for all models together.
 
-    Models of different people share their products: a bound for everyone is one for some.
-
     Args:
-        eigenvalues: [r]; an upper bound of T'T in this basis is enough.
-        coordinates: Of the training people, [n, r]; float32 halves the time. Columns have mean 0,
-            unless `members` are given.
-        labels: Class numbers [n, c].
+        eigenvalues: [r] of T'T; close to them is enough.
+        coordinates: T, of the training people, [n, r]; float32 halves the time. Columns have mean
+            0, unless `members` are given.
+        labels: Class numbers [n, c], or [n, c / k] for columns that repeat k times.
         penalties: Of each model [c], 1 / C of scikit-learn.
         n_classes: Of every model.
-        members: bool [n, c], whom each model is fitted to; everyone if omitted.
+        members: bool, as the labels: whom the models of a column are fitted to; everyone if
+            omitted. They share the products of everyone.
+        axes: If coordinates are not in the eigenbasis: its directions [d, r], coordinates [n, d].
         start: Intercepts and weights to start from, as returned.
         tolerance: A model stops when its expected decrease is below this, in nats a person.
         max_steps: After which a model stops anyhow: without a minimum (separable classes and
@@ -66,94 +64,15 @@ def logistic_fit(
     Returns:
         Intercepts [c g] and weights [r, c g], the columns of one model side by side.
     """
-    t, dtype = coordinates, coordinates.dtype
-    n, c = labels.shape
-    g, curve = n_logits(n_classes), 4 if n_classes == 2 else 2
-    y = one_hot(labels, n_classes, dtype)
-    means = np.zeros((1, c * g), dtype)
-    mask, size = None, np.full(c * g, n, dtype)
-    if members is None:
-        intercept = share_logits(y)
-    else:
-        intercept = np.stack([share_logits(y[m, i]) for i, m in enumerate(members.T)])
-        mask = np.repeat(members, g, axis=1).astype(dtype)
-        size = mask.sum(axis=0)
-        means = t.T @ mask / size
-    y = y.reshape(n, c * g)
-    intercept = intercept.reshape(c * g).astype(dtype)
-    weights = np.zeros((t.shape[1], c * g), dtype)
+    c, g = len(penalties), n_logits(n_classes)
     if start is not None:
-        weights[:] = start[1]
-        intercept[:] = start[0] + (means * weights).sum(axis=0)
-    state = _State(means, y, mask, size, np.repeat(penalties, g).astype(dtype))
-    bound = (eigenvalues[:, None] / curve + state.penalties).astype(dtype)
-    active = np.arange(c * g)
-    a, w = intercept.copy(), weights.copy()
-    a_ahead, w_ahead, momentum = a.copy(), w.copy(), np.ones(c, dtype)
-    for _ in range(max_steps):
-        slope, w_step = state.gradient(t, a_ahead, w_ahead, g)
-        a_step = slope * curve
-        decrease = np.einsum("rc,rc->c", w_step, w_step / bound) / state.size
-        decrease += slope**2 * curve
-        w_step /= bound
-        a_new, w_new = a_ahead + a_step, w_ahead + w_step
-        # Momentum that points against the step has gone too far: start again from here.
-        along = np.einsum("rc,rc->c", w_step * bound, w_new - w)
-        along += state.size / curve * a_step * (a_new - a)
-        momentum[along.reshape(-1, g).sum(axis=1) < 0] = 1
-        grown = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        push = np.repeat((momentum - 1) / grown, g).astype(dtype)
-        a_ahead, w_ahead = a_new + push * (a_new - a), w_new + push * (w_new - w)
-        a, w, momentum = a_new, w_new, grown.astype(dtype)
-        going = decrease.reshape(-1, g).sum(axis=1) > tolerance
-        if not going.all():
-            momentum, going = momentum[going], np.repeat(going, g)
-            intercept[active[~going]], weights[:, active[~going]] = a[~going], w[:, ~going]
-            active, bound, state = active[going], bound[:, going], state.of(going)
-            a, w, a_ahead, w_ahead = a[going], w[:, going], a_ahead[going], w_ahead[:, going]
-            if not len(active):
-                break
-    intercept[active], weights[:, active] = a, w
-    return intercept - (means * weights).sum(axis=0), weights
-
-
-@dataclass(eq=False)
-class _State:
-    """What the models that are not finished are fitted to; columns of logits are flat."""
-
-    means: np.ndarray
-    """Of the coordinates of each model's people, [r, c g]; [1, c g] of zeros if all are centred."""
-    y: np.ndarray
-    mask: np.ndarray | None
-    size: np.ndarray
-    penalties: np.ndarray
-
-    def gradient(
-        self, t: np.ndarray, a: np.ndarray, w: np.ndarray, g: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean residuals [c g], and minus the gradient of the weights [r, c g]."""
-        logits = t @ w
-        logits += a if self.mask is None else a - np.einsum("rc,rc->c", self.means, w)
-        residual = probabilities(logits.reshape(len(t), -1, g)).reshape(len(t), -1)
-        np.subtract(self.y, residual, out=residual)
-        if self.mask is not None:
-            residual *= self.mask
-        total = residual.sum(axis=0)
-        step = t.T @ residual
-        step -= self.penalties * w
-        if self.mask is not None:
-            step -= self.means * total
-        return total / self.size, step
-
-    def of(self, kept: np.ndarray) -> "_State":
-        """The same for some columns of logits."""
-        return _State(
-            self.means[:, kept],
-            self.y[:, kept],
-            None if self.mask is None else self.mask[:, kept],
-            self.size[kept],
-            self.penalties[kept],
-        )
+        start = start[0].reshape(-1, g).T, start[1].reshape(-1, c, g).swapaxes(1, 2)
+    intercepts, weights = minimise(
+        coordinates, labels, penalties, Metric(eigenvalues, axes),
+        n_classes=n_classes, members=members, start=start,
+        tolerance=tolerance, max_steps=max_steps,
+    )  # fmt: skip
+    return intercepts.T.reshape(-1), weights.swapaxes(1, 2).reshape(-1, c * g)
 
 
 def one_hot(labels: np.ndarray, n_classes: int, dtype: type | np.dtype = np.float64) -> np.ndarray:
@@ -249,13 +168,15 @@ class LogisticSearch:
         t, train = self._coordinates(pair, basis)
         n_penalties = len(self._penalties)
         for part in self._parts(n_penalties):
-            labels = np.repeat(self.targets[:, part], n_penalties, axis=1)
-            penalties = np.tile(self._penalties, labels.shape[1] // n_penalties)
+            labels = self.targets[:, part]
+            penalties = np.repeat(self._penalties, labels.shape[1])
             fitted = self._fit(basis[0], t[train], labels[train], penalties)
             for outer, held in (pair, pair[::-1]):
                 rows = (self._folds == held) & self._learners
-                loss = log_loss(self._apply(fitted, t[rows]), labels[rows]).mean(axis=0)
-                self._error[outer, :, part] += loss.reshape(-1, n_penalties).T
+                loss = log_loss(
+                    self._apply(fitted, t[rows]), np.tile(labels[rows], n_penalties)
+                ).mean(axis=0)
+                self._error[outer, :, part] += loss.reshape(n_penalties, -1)
 
     def again(self, pair: tuple[int, int], basis: Basis) -> None:
         """After all pairs: what their models say of the two folds, by the penalties chosen."""
@@ -282,7 +203,8 @@ class LogisticSearch:
 
     def _parts(self, n_models: int) -> Iterator[slice]:
         """Columns of labels to fit at once, if each takes `n_models`."""
-        step = max(1, _MAX_COLUMNS // (n_models * n_logits(self.n_classes)))
+        cells = len(self.targets) * n_models * n_logits(self.n_classes)
+        step = max(1, _MAX_CELLS // cells)
         for start in range(0, self.targets.shape[1], step):
             yield slice(start, start + step)
 
