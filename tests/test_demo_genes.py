@@ -11,7 +11,7 @@ from brainfusion.data.cohort import Cohort
 from brainfusion.data.simulate import PRESETS, simulate
 from brainfusion.eval.baselines import connectome
 from brainfusion.genetics import read
-from tests.alignment.gene_cohort import GeneCohort, roc_area
+from tests.alignment.genes.gene_cohort import GeneCohort, roc_area
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from brainfusion.data.oracle import attainable, pmi_scores
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import UserError
-from tests.alignment.gene_cohort import gene_cohort
+from tests.alignment.genes.gene_cohort import gene_cohort
 from tests.alignment.test_train import cohort, held_out_auc
 from tests.oracles.cca_zoo_golden import GOLDEN, SHRINKAGE, views
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ from brainfusion.alignment.validation import effective_rank, pair_auc
 from brainfusion.runtime import config as configs
 from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import CheckpointError, UserError
-from tests.alignment.gene_cohort import gene_cohort
+from tests.alignment.genes.gene_cohort import gene_cohort
 from tests.ranks import run_ranks
 
 TINY = AlignConfig(

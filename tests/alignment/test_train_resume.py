@@ -20,7 +20,7 @@ from brainfusion.runtime import checkpoint
 from brainfusion.runtime.errors import CheckpointError, NonFiniteError
 from brainfusion.runtime.logs import MetricsLog
 from brainfusion.runtime.signals import Stopped
-from tests.alignment.gene_cohort import gene_cohort
+from tests.alignment.genes.gene_cohort import gene_cohort
 from tests.alignment.test_train import TINY, cohort
 from tests.alignment.test_train_modalities import views
 

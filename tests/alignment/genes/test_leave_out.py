@@ -7,7 +7,7 @@ from brainfusion.alignment import AlignConfig, train
 from brainfusion.alignment.genes.leave_out import without_each_gene
 from brainfusion.eval.attribution import contributions, found
 from brainfusion.runtime.errors import UserError
-from tests.alignment.gene_cohort import GeneCohort, gene_cohort, roc_area
+from tests.alignment.genes.gene_cohort import GeneCohort, gene_cohort, roc_area
 
 TINY = AlignConfig(
     dim_hidden=32, dim_out=16, gene_width=16, gene_components=5, n_components=16, max_steps=6,

@@ -6,7 +6,7 @@ from brainfusion.alignment import Conditioner, GeneArray, GeneConditioner, GeneV
 from brainfusion.alignment.genes.conditioning import GeneArrays
 from brainfusion.alignment.genes.vectors import Gene
 from brainfusion.runtime.errors import UserError
-from tests.alignment.gene_cohort import gene_cohort
+from tests.alignment.genes.gene_cohort import gene_cohort
 
 WAYS = {"together": {"together": True, "n_components": 10}, "apart": {"together": False}}
 WAYS["apart"]["n_components"] = 4

@@ -8,7 +8,7 @@ from brainfusion.alignment.folder import model_hash
 from brainfusion.alignment.genes.alone import each_gene_alone, known_genes, nothing_shown
 from brainfusion.alignment.genes.vectors import Gene
 from brainfusion.runtime.errors import UserError
-from tests.alignment.gene_cohort import GeneCohort, gene_cohort
+from tests.alignment.genes.gene_cohort import GeneCohort, gene_cohort
 
 TINY = AlignConfig(
     dim_hidden=32, dim_out=16, gene_width=16, gene_components=5, n_components=16, max_steps=6,

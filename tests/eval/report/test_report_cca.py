@@ -10,7 +10,7 @@ from brainfusion.eval.cca_permutation import cca_test
 from brainfusion.eval.report.cca import cca_section, sentences
 from brainfusion.eval.report.tidy import tidy
 from brainfusion.eval.report.verdict import verdict
-from tests.eval.test_tidy import schema
+from tests.eval.report.test_tidy import schema
 
 N = 400
 

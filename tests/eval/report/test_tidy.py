@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 
 from brainfusion.eval.report.model_card import model_card
 from brainfusion.eval.report.tidy import SCHEMA, tidy, write_tidy
-from tests.eval.example_results import IDS, write_example
+from tests.eval.report.example_results import IDS, write_example
 
 
 def test_every_measured_number_is_a_row_with_its_interval(tmp_path):

@@ -12,7 +12,7 @@ from brainfusion.cli import main
 from brainfusion.eval.report.pretraining import pretraining_page, status, write_pretraining_report
 from brainfusion.eval.report.pretraining_run import alarms, interpolated_r2, probed, read_run
 from brainfusion.runtime.errors import UserError
-from tests.eval.test_report import check
+from tests.eval.report.test_report import check
 
 N_STEPS, EVERY = 200, 20
 

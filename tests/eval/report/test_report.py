@@ -18,7 +18,7 @@ from brainfusion.eval.report.parts import bars, seconds_text, significant, table
 from brainfusion.eval.report.tables import cohort_section, flat
 from brainfusion.eval.report.verdict import PRETRAINED, UNTRAINED
 from brainfusion.runtime.errors import UserError
-from tests.eval.example_results import IDS, N_TEST, save, write_example
+from tests.eval.report.example_results import IDS, N_TEST, save, write_example
 
 NO_FILES = Path("nowhere")
 """A workspace without side files: enough, and fast, where only words and numbers are looked at."""

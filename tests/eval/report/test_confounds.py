@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.eval.test_verdict import direction, only, retrieval, verdict
+from tests.eval.report.test_verdict import direction, only, retrieval, verdict
 
 
 def test_a_finding_of_the_naive_test_alone_warns_in_one_sentence():

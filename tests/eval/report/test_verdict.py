@@ -22,7 +22,7 @@ from brainfusion.eval.report.verdict import (
     smallest_detectable,
     verdict,
 )
-from tests.eval.example_results import write_example
+from tests.eval.report.example_results import write_example
 
 
 @pytest.fixture(scope="module")

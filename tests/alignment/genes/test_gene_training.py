@@ -10,7 +10,7 @@ import torch
 from brainfusion.alignment import AlignConfig, GeneArray, GeneVectors, load, train
 from brainfusion.alignment.train import pair_auc
 from brainfusion.runtime.errors import CheckpointError, UserError
-from tests.alignment.gene_cohort import GeneCohort, gene_cohort, roc_area
+from tests.alignment.genes.gene_cohort import GeneCohort, gene_cohort, roc_area
 
 TINY = AlignConfig(
     dim_hidden=32, dim_out=16, gene_width=16, gene_components=5, n_components=16, max_steps=6,

@@ -22,7 +22,7 @@ from brainfusion.runtime.distributed import Ranks
 from brainfusion.runtime.errors import CheckpointError
 from brainfusion.runtime.logs import MetricsLog
 from brainfusion.runtime.signals import Stopped
-from tests.alignment.test_finetune import ALIGN, QUICK, TinyTower, cohort
+from tests.alignment.finetuning.test_finetune import ALIGN, QUICK, TinyTower, cohort
 from tests.ranks import run_ranks
 
 N = 60
@@ -149,7 +149,7 @@ KILLED = """
 import os, signal
 from pathlib import Path
 from brainfusion.runtime import checkpoint
-from tests.alignment.test_finetune_resume import tune
+from tests.alignment.finetuning.test_finetune_resume import tune
 
 real = checkpoint._save_optimizer
 def save(path, optimizer):
