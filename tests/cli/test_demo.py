@@ -63,6 +63,7 @@ def runner(monkeypatch):
     return runner
 
 
+@pytest.mark.slow
 def test_a_second_demo_does_not_redo_what_is_finished(runner, done, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = done("demo", "--n-people", 100)

@@ -183,6 +183,7 @@ def test_a_query_prints_a_table_that_marks_the_person(site, done):
 # -- other inputs ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dna", ["generator", "caduceus"])
 def test_the_other_dna_models_are_imported_aligned_and_scored(site, done, dna):
     source = site.cohort / "sources" / dna

@@ -263,6 +263,7 @@ def test_a_cohort_of_40000_opens_in_under_a_second(large):
     assert len(cohort.recordings) == N_LARGE
 
 
+@pytest.mark.slow
 def test_reading_a_large_cohort_keeps_no_page_of_what_was_read(large):
     recordings = Cohort.open(large).recordings
     recordings.read(0).sum()

@@ -342,6 +342,7 @@ def check_compiled(family: str, backend: str, *, checkpointing: bool = False) ->
         assert_close(gradient, plain[name], rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "checkpointing"), [("brainjepa", True), ("full", False)])
 def test_training_compiles_into_one_graph(family: str, checkpointing: bool) -> None:
     check_compiled(family, "aot_eager", checkpointing=checkpointing)

@@ -161,6 +161,7 @@ def near(values: np.ndarray, expected: dict, *, deviations: float = 5.0) -> None
     assert values.std() == pytest.approx(expected["std"], rel=0.15)
 
 
+@pytest.mark.slow
 def test_reference_batches_of_16_have_the_published_statistics(stats: dict) -> None:
     wanted = stats["batch_16"]
     n = 600
@@ -203,6 +204,7 @@ def test_reference_batches_of_16_have_the_published_statistics(stats: dict) -> N
     np.testing.assert_allclose(np.mean(where, axis=0), list(split.values()), atol=0.035)
 
 
+@pytest.mark.slow
 def test_reference_batches_train_on_the_alpha_block_alone_as_often_as_published(
     stats: dict,
 ) -> None:

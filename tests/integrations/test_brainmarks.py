@@ -494,6 +494,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_ours_imports_without_brainmarks_and_registers_once_where_it_is(shipped, documented, files):
     """Also where our own plugin alone makes a namespace package of that name."""
     out = python(
@@ -524,6 +525,7 @@ print(sorted(name for name in list_models() if name.startswith("brainfusion_")))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("registry", ["documented", "real"])
 def test_brainmarks_finds_our_plugin_by_itself(shipped, documented, files, registry):
     path = [documented, shipped]

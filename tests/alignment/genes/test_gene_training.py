@@ -25,6 +25,7 @@ def trained(cohort: GeneCohort, config: AlignConfig, run_dir: Path, **more: Any)
     return train(cohort.features, cohort.labels, config=config, run_dir=run_dir, **more).alignment
 
 
+@pytest.mark.slow
 def test_attention_puts_the_causal_genes_first_and_none_on_shuffled_pairs(tmp_path):
     planted, null = [], []
     for seed in range(3):

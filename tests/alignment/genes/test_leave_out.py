@@ -47,6 +47,7 @@ def attribution(cohort: GeneCohort, tmp_path):
     return table, cohort.causal[[int(name[1:]) for name in table["unit"]]]
 
 
+@pytest.mark.slow
 def test_planted_genes_come_first_and_none_is_found_on_shuffled_pairs(tmp_path):
     n_null = 0
     for seed in range(3):

@@ -300,6 +300,7 @@ def test_missing_parts_name_the_command_that_makes_them(tmp_path: Path):
         assert f"<code>brainfusion {command}</code>" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gone", [{"cohort", "alignment", "probes"}, {"config", "pretraining", "figures"}, {"retrieval"}]
 )
