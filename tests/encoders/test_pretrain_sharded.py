@@ -23,9 +23,7 @@ from tests.encoders.test_pretrain_distributed import float64
 from tests.encoders.tiny_cohort import IMAGE, settings, tiny_cohort, without_dropout
 from tests.ranks import run_ranks
 
-pytestmark = (
-    pytest.mark.slow
-)  # two processes that shard and unshard a model for a quarter of a minute
+pytestmark = pytest.mark.slow
 
 MODELS = ("brainlm", "brainjepa")
 FAMILIES = (*MODELS, "image")
