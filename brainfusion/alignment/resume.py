@@ -10,10 +10,10 @@ absent even after kill -9, and metrics.jsonl is cut back to the step that it is 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -32,6 +32,8 @@ from brainfusion.runtime.logs import MetricsLog, read_metrics, say
 
 if TYPE_CHECKING:
     from brainfusion.alignment.losses.pair_ids import PairIds
+
+T = TypeVar("T")
 
 _GENES_HASHED = 8
 """Genes of a model whose vectors tell whether they are still the same."""
@@ -148,19 +150,29 @@ def find(
     Raises:
         CheckpointError: It was made with another config or from other data; what differs is named.
     """
+    found = agreed(lambda: _read(run_dir, facts, config, ranks.world_size), ranks)
+    if found is not None and ranks.is_main:
+        where = found.members.where(f"step {found.progress.step}")
+        say(f"going on with the run that was stopped at {where}.")
+    return found
+
+
+def agreed(read: Callable[[], T], ranks: Ranks) -> T:
+    """What the main rank reads, the same for all ranks, who need not see its disk.
+
+    Raises:
+        CheckpointError: On every rank, if reading raises it.
+    """
     box: list[Any] = [None]
     if ranks.is_main:
         try:
-            box = [_read(run_dir, facts, config, ranks.world_size)]
+            box = [read()]
         except CheckpointError as error:
             box = [error]
     if ranks.world_size > 1:
         dist.broadcast_object_list(box, src=0, device=ranks.device)
     if isinstance(box[0], CheckpointError):
         raise box[0]
-    if box[0] is not None and ranks.is_main:
-        where = box[0].members.where(f"step {box[0].progress.step}")
-        say(f"going on with the run that was stopped at {where}.")
     return box[0]
 
 
@@ -169,9 +181,30 @@ def forget(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-def _read(
-    run_dir: Path, facts: Mapping[str, Any], config: AlignConfig, world_size: int
-) -> Stopped | None:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """What the last checkpoint of a run holds."""
+
+    state: dict[str, Any]
+    parts: dict[str, dict[str, Tensor]]
+    """Weights, by the part that their names begin with."""
+    optimizer: dict[str, Any]
+
+
+def read_last(
+    run_dir: Path, facts: Mapping[str, Any], world_size: int, parts: Sequence[str]
+) -> Kept | None:
+    """The last checkpoint, if it is of this run; none if there is none.
+
+    Args:
+        run_dir: Of the run.
+        facts: What decides its result, as `state["run"]` of the checkpoint has them.
+        world_size: Processes now; others than before are said.
+        parts: What names of weights begin with, before a dot.
+
+    Raises:
+        CheckpointError: It was made with another config or from other data; what differs is named.
+    """
     if not checkpoint.steps(run_dir):
         return None
     folder = checkpoint.newest(run_dir)
@@ -188,21 +221,38 @@ def _read(
             "order, so it is not the same run to the bit."
         )
     weights = checkpoint.load_weights(folder)
-    now, best, average, kept, mean = (
-        {key.removeprefix(part): x for key, x in weights.items() if key.startswith(part)}
-        for part in ("now.", "best.", "average.", "kept.", "mean.")
+    return Kept(
+        state=state,
+        parts={
+            part: {
+                key.removeprefix(f"{part}."): x
+                for key, x in weights.items()
+                if key.startswith(f"{part}.")
+            }
+            for part in parts
+        },
+        optimizer=checkpoint.load_optimizer(folder),
     )
-    members = Members(config, finished=state["finished"], weights=kept, mean=mean)
+
+
+def _read(
+    run_dir: Path, facts: Mapping[str, Any], config: AlignConfig, world_size: int
+) -> Stopped | None:
+    kept = read_last(run_dir, facts, world_size, ("now", "best", "average", "kept", "mean"))
+    if kept is None:
+        return None
+    state, parts = kept.state, kept.parts
+    members = Members(config, finished=state["finished"], weights=parts["kept"], mean=parts["mean"])
     return Stopped(
         members=members,
         progress=Progress(
             step=int(state["step"]) - members.n_steps,
-            best_weights=best,
+            best_weights=parts["best"],
             **{name: state[name] for name in _PROGRESS},
         ),
-        weights=now,
-        average=average,
-        optimizer=checkpoint.load_optimizer(folder),
+        weights=parts["now"],
+        average=parts["average"],
+        optimizer=kept.optimizer,
     )
 
 

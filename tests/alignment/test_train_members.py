@@ -1,8 +1,6 @@
 """Averages over steps and seeds, and settings chosen on validation people."""
 
-import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ from brainfusion.alignment.member import MovingAverage
 from brainfusion.alignment.validation import pair_auc
 from brainfusion.runtime import checkpoint
 from brainfusion.runtime.errors import CheckpointError, UserError
-from brainfusion.runtime.logs import MetricsLog
 from brainfusion.runtime.signals import Stopped
+from tests.alignment.power_cut import PowerCutError
 from tests.alignment.test_train import CLOSED, TINY, cohort
-from tests.alignment.test_train_resume import PowerCutError, assert_same_run, metrics
+from tests.alignment.test_train_resume import assert_same_run, metrics
 
 CONFIG = replace(CLOSED, dropout=0.3, batch_size=50, eval_every=2, max_steps=8, lr=0.01)
 MEMBERS = replace(CONFIG, average_decay=0.7, choose_dropout=(0.0, 0.4), n_seeds=2)
@@ -165,27 +163,6 @@ def test_a_start_that_the_density_ratio_scores_better_is_kept_after_all(tmp_path
     assert found.alignment.head.information > DensityRatio.fit(*parts).information
 
 
-@pytest.fixture
-def cut(monkeypatch) -> Callable[..., None]:
-    """Make the run stop when a member logs a step: by an exception, or by a signal."""
-
-    def at(member: int, step: int, number: signal.Signals | None = None) -> None:
-        real = MetricsLog.write
-
-        def write(self: MetricsLog, **row: Any) -> None:
-            real(self, **row)
-            if (row["member"], row["step"]) != (member, step):
-                return
-            monkeypatch.setattr(MetricsLog, "write", real)
-            if number is None:
-                raise PowerCutError
-            os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(MetricsLog, "write", write)
-
-    return at
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run of members that nothing interrupts."""
@@ -198,7 +175,7 @@ def test_a_run_of_members_that_was_cut_goes_on_to_the_bit(tmp_path, cut, whole):
     again = {"checkpoint_every": 3, "resume": True}
     # In the middle, just after a member began, in a later one, and at the last step of all.
     for place in ((0, 4), (1, 1), (1, 7), (2, 5), (2, 8)):
-        cut(*place)
+        cut(place[1], member=place[0])
         with pytest.raises(PowerCutError):
             run(tmp_path / "cut", MEMBERS, **again)
     found = run(tmp_path / "cut", MEMBERS, **again)
@@ -211,7 +188,7 @@ def test_a_run_of_members_that_was_cut_goes_on_to_the_bit(tmp_path, cut, whole):
 @pytest.mark.parametrize(("place", "said"), [((0, 7), "8, member 1"), ((1, 2), "3, member 2")])
 def test_a_signal_stops_a_run_between_and_within_members(tmp_path, cut, capsys, whole, place, said):
     again = {"checkpoint_every": 100, "resume": True}
-    cut(*place, signal.SIGTERM)
+    cut(place[1], signal.SIGTERM, member=place[0])
     with pytest.raises(Stopped, match=f"at step {said} of 3"):
         run(tmp_path / "cut", MEMBERS, **again)
     capsys.readouterr()
@@ -225,7 +202,7 @@ def test_a_member_that_stops_early_makes_room_for_the_next_in_checkpoints(tmp_pa
     whole = run(tmp_path / "whole", config)
     taken = [row["n_steps"] for row in whole["members"]]
     assert max(taken) < 20
-    cut(2, taken[2])
+    cut(taken[2], member=2)
     with pytest.raises(PowerCutError):
         run(tmp_path / "cut", config, checkpoint_every=1)
     newest = checkpoint.steps(tmp_path / "cut")[-1].name
@@ -235,7 +212,7 @@ def test_a_member_that_stops_early_makes_room_for_the_next_in_checkpoints(tmp_pa
 
 
 def test_other_candidates_are_refused_when_a_run_goes_on(tmp_path, cut):
-    cut(1, 4)
+    cut(4, member=1)
     with pytest.raises(PowerCutError):
         run(tmp_path, MEMBERS, checkpoint_every=3)
     with pytest.raises(CheckpointError, match=r"choose_dropout: \[0.0, 0.4\] -> \[0.0\]"):

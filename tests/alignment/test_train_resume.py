@@ -21,35 +21,11 @@ from brainfusion.runtime.errors import CheckpointError, NonFiniteError
 from brainfusion.runtime.logs import MetricsLog
 from brainfusion.runtime.signals import Stopped
 from tests.alignment.genes.gene_cohort import gene_cohort
+from tests.alignment.power_cut import PowerCutError
 from tests.alignment.test_train import TINY, cohort
 from tests.alignment.test_train_modalities import views
 
 CONFIG = replace(TINY, dropout=0.3, max_steps=11, eval_every=2, batch_size=64)
-
-
-class PowerCutError(BaseException):
-    """Ends a run in the middle; nothing catches it."""
-
-
-@pytest.fixture
-def cut(monkeypatch) -> Callable[..., None]:
-    """Make the run stop when it logs a step: by an exception, or by a signal that it may heed."""
-
-    def at(step: int, number: signal.Signals | None = None) -> None:
-        real = MetricsLog.write
-
-        def write(self: MetricsLog, **row: Any) -> None:
-            real(self, **row)
-            if row["step"] != step:
-                return
-            monkeypatch.setattr(MetricsLog, "write", real)
-            if number is None:
-                raise PowerCutError
-            os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(MetricsLog, "write", write)
-
-    return at
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from brainfusion.alignment.finetuning.config import FinetuneConfig
@@ -21,10 +20,9 @@ from brainfusion.alignment.finetuning.tower import Tower, Towers
 from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.alignment.losses.pair_ids import PairIds
 from brainfusion.alignment.model import Alignment
-from brainfusion.alignment.resume import differences, facts_of
+from brainfusion.alignment.resume import agreed, facts_of, read_last
 from brainfusion.runtime import checkpoint
 from brainfusion.runtime.distributed import Ranks
-from brainfusion.runtime.errors import CheckpointError
 from brainfusion.runtime.logs import say
 
 
@@ -143,46 +141,24 @@ def find(keeping: Checkpoints, ranks: Ranks) -> Found | None:
     Raises:
         CheckpointError: It was made with another config or from other data; what differs is named.
     """
-    box: list[Any] = [None]
-    if ranks.is_main:
-        try:
-            box = [_read(keeping, ranks.world_size)]
-        except CheckpointError as error:
-            box = [error]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(box, src=0, device=ranks.device)
-    if isinstance(box[0], CheckpointError):
-        raise box[0]
-    if box[0] is not None:
-        say(f"going on with the fine-tuning that was stopped at step {box[0].progress.step}.")
-    return box[0]
+    found = agreed(lambda: _read(keeping, ranks.world_size), ranks)
+    if found is not None:
+        say(f"going on with the fine-tuning that was stopped at step {found.progress.step}.")
+    return found
 
 
 def _read(keeping: Checkpoints, world_size: int) -> Found | None:
-    if not checkpoint.steps(keeping.run_dir):
+    kept = read_last(keeping.run_dir, keeping.facts, world_size, ("now", "best"))
+    if kept is None:
         return None
-    folder = checkpoint.newest(keeping.run_dir)
-    state = checkpoint.load_state(folder)
-    if changed := differences(state["run"], dict(keeping.facts)):
-        raise CheckpointError(
-            f"{keeping.run_dir} holds a stopped run that was made otherwise ({'; '.join(changed)})"
-            ": give the same options to go on with it, or --resume never to start anew."
-        )
-    if state["world_size"] != world_size:
-        say(
-            f"the stopped run was on {state['world_size']} process(es) and goes on with "
-            f"{world_size}: batches and dropout stay the same, but sums are taken in another "
-            "order, so it is not the same run to the bit."
-        )
-    weights = checkpoint.load_weights(folder)
-    now, best = (
-        {key.removeprefix(part): x for key, x in weights.items() if key.startswith(part)}
-        for part in ("now.", "best.")
-    )
     return Found(
-        progress=Progress(step=int(state["step"]), best_weights=best, **state["progress"]),
-        weights=now,
-        optimizer=checkpoint.load_optimizer(folder),
+        progress=Progress(
+            step=int(kept.state["step"]),
+            best_weights=kept.parts["best"],
+            **kept.state["progress"],
+        ),
+        weights=kept.parts["now"],
+        optimizer=kept.optimizer,
     )
 
 

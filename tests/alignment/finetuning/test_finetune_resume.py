@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from brainfusion.runtime.errors import CheckpointError
 from brainfusion.runtime.logs import MetricsLog
 from brainfusion.runtime.signals import Stopped
 from tests.alignment.finetuning.test_finetune import ALIGN, QUICK, TinyTower, cohort
+from tests.alignment.power_cut import PowerCutError
 from tests.ranks import run_ranks
 
 N = 60
@@ -31,10 +31,6 @@ CONFIG = replace(
 )
 SPEED = {"seconds", "peak_mib"}
 """What two runs of the same may differ in."""
-
-
-class PowerCutError(BaseException):
-    """Ends a run in the middle; nothing catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -58,27 +54,6 @@ def tune(start: Path, folder: Path, how: str = "all", **known: Any) -> TinyTower
     dna = known.pop("dna", dna)
     finetune(load(start), tower, dna, labels, config=config, run_dir=folder, **known)
     return tower
-
-
-@pytest.fixture
-def cut(monkeypatch) -> Callable[..., None]:
-    """Make the run stop when it logs a step: by an exception, or by a signal that it may heed."""
-
-    def at(step: int, number: signal.Signals | None = None) -> None:
-        real = MetricsLog.write
-
-        def write(self: MetricsLog, **row: Any) -> None:
-            real(self, **row)
-            if row["step"] != step:
-                return
-            monkeypatch.setattr(MetricsLog, "write", real)
-            if number is None:
-                raise PowerCutError
-            os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(MetricsLog, "write", write)
-
-    return at
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
