@@ -59,9 +59,6 @@ _SLOPE, _FARTHEST = 1.5, 1.5
 """Of bends: slope, and the outermost knot in standard deviations of a variate."""
 _LEAST = 0.02
 """Least correlation that a component starts with: with 0 it would not move."""
-_WORTH_A_COMPONENT = 0.05
-"""Components after the last whose held-out correlation is above this are left out: each holds less
-than 0.0013 nats, and all of them blur the unit sphere (R@1 of 20,000 people: 0.002 of 0.93)."""
 _LEAST_PEOPLE = 8
 """People whom two modalities must share for their correlations to be looked at."""
 
@@ -212,8 +209,6 @@ def find_start(
     for i, j in joined:
         both = present[names[i]] & present[names[j]]
         correlations[i, j] = held_out_correlations(held_out[i][both], held_out[j][both])
-    k = _worth_it(correlations.values())
-    correlations = {pair: rho[:k] for pair, rho in correlations.items()}
     loadings = _loadings(len(names), correlations)
     parts, replaced = {}, dict(inputs)
     for i, name in enumerate(names):
@@ -222,7 +217,7 @@ def find_start(
         replaced[name] = torch.from_numpy(rows).to(inputs[name])  # type: ignore[arg-type]
     found = [-0.5 * float(np.log1p(-(rho**2)).sum()) for rho in correlations.values()]
     facts = {
-        "components": float(k),
+        "components": float(fitted[0].weights.shape[1]),
         "information": max(found),
         **{f"ridge_{name}": how[name] for name in names},
     }
@@ -250,12 +245,6 @@ def _ridges(names: list[str], pairs: Mapping[tuple[str, str], tuple[CCA, np.ndar
         pair, cca, _ = max(own, key=lambda one: -np.log1p(-(one[2] ** 2)).sum())
         found[name] = cca.ridge_x if pair[0] == name else cca.ridge_y
     return found
-
-
-def _worth_it(correlations: Iterable[np.ndarray]) -> int:
-    """How many components to start with: up to the last that counts in any pair; 1 at least."""
-    above = [np.flatnonzero(rho > _WORTH_A_COMPONENT) for rho in correlations]
-    return max(1, *(int(found.max(initial=0)) + 1 for found in above))
 
 
 def _loadings(n: int, correlations: Mapping[tuple[int, int], np.ndarray]) -> np.ndarray:
