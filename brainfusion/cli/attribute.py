@@ -22,8 +22,8 @@ from brainfusion.cli.attribution.attributed import Attributed, read_attributed
 from brainfusion.cli.attribution.hidden import BrainUnits, Hidden, genes
 from brainfusion.cli.attribution.retrained import check_retrainable, retrained
 from brainfusion.cli.attribution.targets import known_targets, target_tables
-from brainfusion.cli.embed import PublishedOptions
 from brainfusion.cli.options import at_least, parse
+from brainfusion.cli.published import PublishedOptions
 from brainfusion.cli.runs import WhichRun, check_cohort, find_run
 from brainfusion.cli.workspace import Place, Workspace
 from brainfusion.runtime import distributed, threads

@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 
 from brainfusion.cli.options import parse
+from brainfusion.cli.published import PublishedOptions
 from brainfusion.cli.workspace import (
     Place,
     Workspace,
@@ -23,11 +24,10 @@ from brainfusion.cli.workspace import (
     ensure_pretrained,
     open_cohort,
 )
-from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import Cohort
 from brainfusion.encoders.checkpoints import Pretrained, known_model, load_pretrained
 from brainfusion.encoders.embed import EmbedSettings, embed_to_file, parts_folder
-from brainfusion.encoders.published import is_published, load_published
+from brainfusion.encoders.published import is_published
 from brainfusion.runtime import distributed, threads
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import check_writable
@@ -35,21 +35,6 @@ from brainfusion.runtime.logs import say
 
 LONGEST_WAIT_S = 7 * 24 * 3600.0
 """How long processes wait for the slowest; one that fails takes the others with it at once."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedOptions:
-    """What goes with an authors' checkpoint file."""
-
-    upstream_config: Path | None = None
-    """The authors' config (JSON or YAML); brainlm: config.json beside the weights by default,
-    brainjepa: a published size."""
-    upstream_atlas: Path | None = None
-    """An atlas.json with the parcels in the weights' order: the cohort's are matched by name."""
-    gradient: Path | None = None
-    """brainjepa's gradient table (.csv or .npy); the cohort's atlas's, or one made, by default."""
-    standardiser: str | None = None
-    """A kind of scaling in place of the published one, which is fitted on this cohort."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,24 +94,9 @@ def main(argv: list[str]) -> int:
 
 def _load(path: Path, model: str, cohort: Cohort, options: EmbedOptions) -> Pretrained:
     """Our checkpoint or the authors', told apart by their files."""
-    given = options.published
     if is_published(path):
-        return load_published(
-            model,
-            path,
-            cohort,
-            config=given.upstream_config,
-            gradient=given.gradient,
-            standardiser=given.standardiser,
-            atlas=None if given.upstream_atlas is None else Atlas.load(given.upstream_atlas),
-            untrained=options.untrained,
-        )
-    for name in ("upstream_config", "upstream_atlas", "gradient", "standardiser"):
-        if getattr(given, name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')} goes with an authors' checkpoint file, and {path} is "
-                "none: leave it out, or give that file with --checkpoint."
-            )
+        return options.published.load(path, model, cohort, untrained=options.untrained)
+    options.published.check_unused(path)
     # A file of one of our checkpoints stands for its folder.
     return load_pretrained(
         path.parent if path.is_file() else path, model, untrained=options.untrained

@@ -26,10 +26,11 @@ from brainfusion.alignment.finetuning.config import FinetuneConfig
 from brainfusion.alignment.finetuning.finetune import FinetuneResult, check_alignment, finetune
 from brainfusion.alignment.model import Alignment, load
 from brainfusion.cli.align import shuffled, shuffled_order
-from brainfusion.cli.embed import LONGEST_WAIT_S, PublishedOptions
+from brainfusion.cli.embed import LONGEST_WAIT_S
 from brainfusion.cli.modalities import Modalities, dna_models, load_modalities, load_tables
 from brainfusion.cli.negatives import pair_ids
 from brainfusion.cli.options import at_least, parse
+from brainfusion.cli.published import PublishedOptions
 from brainfusion.cli.runs import AlignmentRun, ensure_alignment
 from brainfusion.cli.unfinished import unfinished
 from brainfusion.cli.workspace import (
@@ -39,13 +40,12 @@ from brainfusion.cli.workspace import (
     hash_ids,
     open_cohort,
 )
-from brainfusion.data.atlas import Atlas
 from brainfusion.data.cohort import Cohort
 from brainfusion.data.features import write_features
 from brainfusion.encoders import ENCODERS
 from brainfusion.encoders.checkpoints import Pretrained, known_model, load_pretrained
 from brainfusion.encoders.embed import EmbedSettings, embed_to_file
-from brainfusion.encoders.published import is_published, load_published
+from brainfusion.encoders.published import is_published
 from brainfusion.encoders.trainable import RecordingTower, save_tuned
 from brainfusion.runtime import distributed, threads
 from brainfusion.runtime.distributed import Ranks
@@ -284,17 +284,7 @@ def _pretrained(start: _Start) -> Pretrained:
     if not is_published(path):
         folder = path.parent if path.is_file() else path
         return load_pretrained(folder, model, untrained=untrained)
-    given = options.published
-    return load_published(
-        model,
-        path,
-        start.cohort,
-        config=given.upstream_config,
-        gradient=given.gradient,
-        standardiser=given.standardiser,
-        atlas=None if given.upstream_atlas is None else Atlas.load(given.upstream_atlas),
-        untrained=untrained,
-    )
+    return options.published.load(path, model, start.cohort, untrained=untrained)
 
 
 def _rule(alignment: Alignment) -> Any:

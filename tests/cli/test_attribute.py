@@ -15,7 +15,7 @@ from brainfusion.cli import main
 from brainfusion.cli.attribution.attributed import Attributed, read_attributed
 from brainfusion.cli.attribution.hidden import BrainUnits, genes
 from brainfusion.cli.attribution.retrained import retrained
-from brainfusion.cli.embed import PublishedOptions
+from brainfusion.cli.published import PublishedOptions
 from brainfusion.cli.runs import AlignmentRun
 from brainfusion.cli.workspace import Place, Workspace
 from brainfusion.data.features import read_features, write_features

@@ -18,8 +18,7 @@ import numpy as np
 from brainfusion.alignment.genes.leave_out import without_each_gene
 from brainfusion.alignment.genes.vectors import GeneVectors
 from brainfusion.cli.attribution.attributed import Attributed
-from brainfusion.cli.embed import PublishedOptions
-from brainfusion.data.atlas import Atlas
+from brainfusion.cli.published import PublishedOptions
 from brainfusion.data.cohort import Cohort
 from brainfusion.runtime.errors import UserError
 from brainfusion.runtime.files import hash_file, read_json
@@ -198,7 +197,7 @@ class BrainUnits:
     ) -> "Pretrained | None":
         """The encoder at a place, if it is the model and has the weights."""
         from brainfusion.encoders.checkpoints import load_pretrained
-        from brainfusion.encoders.published import is_published, load_published
+        from brainfusion.encoders.published import is_published
         from brainfusion.runtime import checkpoint
 
         if not place.exists():
@@ -208,17 +207,7 @@ class BrainUnits:
         if is_published(place):
             if not untrained and hash_file(place) != wanted:
                 return None
-            given = self.published
-            return load_published(
-                model,
-                place,
-                self.asked.cohort,
-                config=given.upstream_config,
-                gradient=given.gradient,
-                standardiser=given.standardiser,
-                atlas=None if given.upstream_atlas is None else Atlas.load(given.upstream_atlas),
-                untrained=untrained,
-            )
+            return self.published.load(place, model, self.asked.cohort, untrained=untrained)
         folder = place.parent if place.is_file() else place
         if not (folder / "state.json").exists() and not checkpoint.steps(folder):
             return None

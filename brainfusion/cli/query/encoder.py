@@ -1,16 +1,14 @@
 """The encoder that made a run's brain features, found again to encode a new recording."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from brainfusion.cli.query.options import RecordingOptions
 from brainfusion.cli.query.run import QueryRun
 from brainfusion.cli.workspace import ensure_pretrained
-from brainfusion.data.atlas import Atlas
 from brainfusion.encoders import ENCODERS
 from brainfusion.encoders.checkpoints import Pretrained, load_pretrained
 from brainfusion.encoders.person import check_maker
-from brainfusion.encoders.published import is_published, load_published
+from brainfusion.encoders.published import is_published
 from brainfusion.runtime.errors import UserError, nearest
 from brainfusion.runtime.files import hash_file
 
@@ -66,22 +64,7 @@ def _load(
     asked: QueryRun, path: Path, model: str, options: RecordingOptions, *, untrained: bool
 ) -> Pretrained:
     """Our checkpoint or the authors', told apart by their files."""
-    published = options.published
-    if not is_published(path):
-        if given := [f.name for f in fields(published) if getattr(published, f.name) is not None]:
-            raise UserError(
-                f"--{given[0].replace('_', '-')} goes with an authors' checkpoint file, and {path} "
-                "is none: leave it out, or give that file with --checkpoint."
-            )
-        return load_pretrained(path.parent if path.is_file() else path, untrained=untrained)
-    atlas = published.upstream_atlas
-    return load_published(
-        model,
-        path,
-        asked.cohort,
-        config=published.upstream_config,
-        gradient=published.gradient,
-        standardiser=published.standardiser,
-        atlas=None if atlas is None else Atlas.load(atlas),
-        untrained=untrained,
-    )
+    if is_published(path):
+        return options.published.load(path, model, asked.cohort, untrained=untrained)
+    options.published.check_unused(path)
+    return load_pretrained(path.parent if path.is_file() else path, untrained=untrained)

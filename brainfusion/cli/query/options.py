@@ -6,8 +6,8 @@ from typing import Literal
 
 import tyro
 
-from brainfusion.cli.embed import PublishedOptions
 from brainfusion.cli.options import at_least
+from brainfusion.cli.published import PublishedOptions
 from brainfusion.runtime.errors import UserError
 
 Side = Literal["brain", "dna"]
